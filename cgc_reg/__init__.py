@@ -1,0 +1,34 @@
+"""Consistent explanations for any CNN while it trains: Contrastive Grad-CAM Consistency as one loss term."""
+
+from cgc_reg.capture import suggest_target_layer
+from cgc_reg.dataset import ContrastiveTransforms
+from cgc_reg.explain import check_closed_form, explain
+from cgc_reg.heatmaps import class_activation, grad_cam, hires_cam, layer_cam, positive_grad_cam
+from cgc_reg.losses import info_nce, mse_consistency
+from cgc_reg.metrics import consistency, content_heatmap
+from cgc_reg.regularizer import CGCOutput, CGCRegularizer
+from cgc_reg.transforms import RandomAffine, RandomResizedCropFlip, SpatialTransform, TransformSampler
+
+__version__ = "0.0.1"
+
+__all__ = [
+    "CGCOutput",
+    "CGCRegularizer",
+    "ContrastiveTransforms",
+    "RandomAffine",
+    "RandomResizedCropFlip",
+    "SpatialTransform",
+    "TransformSampler",
+    "check_closed_form",
+    "class_activation",
+    "consistency",
+    "content_heatmap",
+    "explain",
+    "grad_cam",
+    "hires_cam",
+    "info_nce",
+    "layer_cam",
+    "mse_consistency",
+    "positive_grad_cam",
+    "suggest_target_layer",
+]

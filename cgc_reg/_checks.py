@@ -1,0 +1,129 @@
+"""Input checks, and the wording of every error: what must hold, what was got, what to do.
+
+Only shapes, types and Python numbers are checked. Looking at the values inside a tensor would make a GPU wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """Say what a value is, in the words an error needs.
+
+    >>> describe(torch.zeros(2, 3))
+    'a float32 tensor of shape (2, 3)'
+    >>> describe("keys")
+    "'keys'"
+    """
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (str, int, float, bool, tuple, list)) or value is None:
+        return repr(value)
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}; got {describe(value)}.")
+
+
+def check_option(name: str, value: object, choices: Iterable[str]) -> None:
+    """As `check_choice`, for an option that may also be the user's own function."""
+    if callable(value):
+        return
+    choices = list(choices)
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}, or a function; got {describe(value)}.")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_positive(name: str, value: object) -> None:
+    if not is_number(value) or value <= 0:  # type: ignore[operator]  # is_number says that it is one
+        raise ValueError(f"`{name}` must be a positive number; got {describe(value)}.")
+
+
+def check_range(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
+    """Return (minimum, maximum), both within [low, high]."""
+    bounds = (
+        "" if low == -math.inf else f" with {low:g} <= minimum" + ("" if high == math.inf else f", maximum <= {high:g}")
+    )
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(is_number(v) for v in value):
+        raise ValueError(f"`{name}` must be two numbers (minimum, maximum){bounds}; got {describe(value)}.")
+    minimum, maximum = float(value[0]), float(value[1])
+    if minimum > maximum:
+        raise ValueError(f"`{name}` must be (minimum, maximum); got {describe(value)}. Swap the two.")
+    if minimum < low or maximum > high:
+        raise ValueError(f"`{name}` must be two numbers (minimum, maximum){bounds}; got {describe(value)}.")
+    return minimum, maximum
+
+
+def check_size(name: str, value: object) -> tuple[int, int]:
+    """Return (height, width)."""
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value)
+    ):
+        raise ValueError(f"`{name}` must be two positive integers (height, width); got {describe(value)}.")
+    return value[0], value[1]
+
+
+def check_images(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor of images (n, c, h, w); got {describe(value)}.")
+    if value.ndim != 4:
+        repair = " Add the batch dimension with `x[None]`." if value.ndim == 3 else ""
+        raise ValueError(f"`{name}` must be images of shape (n, c, h, w); got {describe(value)}.{repair}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"`{name}` must hold floating-point images; got {describe(value)}. "
+            "Convert and normalise them as for the model, for example `x.float() / 255`."
+        )
+
+
+def check_target(name: str, target: object, batch_size: int) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"`{name}` must be a tensor of class indices (n,); got {describe(target)}.")
+    if target.shape != (batch_size,):
+        raise ValueError(
+            f"`{name}` must hold one class index per image, shape ({batch_size},); got {describe(target)}."
+        )
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype is torch.bool:
+        raise TypeError(f"`{name}` must hold integer class indices; got {describe(target)}. Convert with `.long()`.")
+
+
+def check_maps(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor of heatmaps (n, h, w); got {describe(value)}.")
+    if value.ndim != 3 or not value.is_floating_point():
+        raise ValueError(f"`{name}` must be floating-point heatmaps of shape (n, h, w); got {describe(value)}.")
+
+
+def check_pair(query: object, key: object) -> None:
+    check_maps("query", query)
+    check_maps("key", key)
+    if query.shape != key.shape:  # type: ignore[attr-defined]  # check_maps says that both are tensors
+        raise ValueError(f"`query` and `key` must have one shape; got {describe(query)} and {describe(key)}.")
+
+
+def check_activation(activation: Any, gradient: Any) -> None:
+    for name, value in (("activation", activation), ("gradient", gradient)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor (n, c, h, w); got {describe(value)}.")
+    if activation.ndim != 4 or activation.shape != gradient.shape:
+        raise ValueError(
+            "`activation` and `gradient` must have one shape (n, c, h, w); "
+            f"got {describe(activation)} and {describe(gradient)}."
+        )

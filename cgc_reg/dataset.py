@@ -1,0 +1,76 @@
+"""Views made while a DataLoader's workers load images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from cgc_reg._checks import check_size, describe
+from cgc_reg.transforms import RandomResizedCropFlip, TransformSampler
+
+
+class ContrastiveTransforms:
+    """Turn an image of a data set into (image, view, theta), with view = T(image).
+
+    Pass it as the ``transform`` of a data set. A DataLoader's default collation stacks the three, and
+    ``SpatialTransform(theta)`` is the T of the batch.
+
+    Args:
+        image_transform: from what the data set holds to the final image, which T is relative to: resizing and cropping
+            belong here, random ones too. It may return a PIL image or a tensor (c, h, w).
+        transform: draws T; random resized crop and flip by default.
+        value_transform: applied to the image and to the view, each alone: what changes colours and not places, such as
+            ``Normalize`` or ``ColorJitter``.
+        view_size: (H, W) of the view; as large as the image if None.
+
+    Randomness comes from torch's global generator, which a DataLoader seeds for each worker.
+
+    Example:
+        >>> image, view, theta = ContrastiveTransforms()(torch.rand(3, 64, 64))
+        >>> image.shape, view.shape, theta.shape
+        (torch.Size([3, 64, 64]), torch.Size([3, 64, 64]), torch.Size([2, 3]))
+    """
+
+    def __init__(
+        self,
+        image_transform: Callable[[Any], Any] | None = None,
+        *,
+        transform: TransformSampler | None = None,
+        value_transform: Callable[[Tensor], Tensor] | None = None,
+        view_size: tuple[int, int] | None = None,
+    ) -> None:
+        self.image_transform = image_transform
+        self.transform = RandomResizedCropFlip() if transform is None else transform
+        self.value_transform = value_transform
+        self.view_size = None if view_size is None else check_size("view_size", view_size)
+
+    def __call__(self, image: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the image (c, h, w), its view (c, H, W) and theta (2, 3), all float32.
+
+        Pixels go from 0 to 1 before ``value_transform``.
+        """
+        if self.image_transform is not None:
+            image = self.image_transform(image)
+        image = image.as_subclass(Tensor) if isinstance(image, Tensor) else TF.pil_to_tensor(image)
+        image = TF.convert_image_dtype(image, torch.float32)
+        if image.ndim != 3:
+            raise ValueError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.")
+        transform = self.transform.sample(1, (image.shape[1], image.shape[2]))
+        view = transform(image[None], self.view_size)[0]
+        if self.value_transform is not None:
+            image, view = self._change_values(image), self._change_values(view)
+        return image, view, transform.theta[0]
+
+    def _change_values(self, image: Tensor) -> Tensor:
+        assert self.value_transform is not None
+        changed = self.value_transform(image)
+        if changed.shape[-2:] != image.shape[-2:]:
+            raise ValueError(
+                f"`value_transform` must not move pixels; got an image of {tuple(changed.shape[-2:])} from one of "
+                f"{tuple(image.shape[-2:])}. Put resizing and cropping into `image_transform`."
+            )
+        return changed

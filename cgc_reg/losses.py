@@ -1,0 +1,158 @@
+"""Pair losses: how far the transformed heatmap of an image is from the heatmap of the transformed image."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cgc_reg._checks import check_choice, check_pair, check_positive
+from cgc_reg._precision import at_least_float32, without_autocast
+
+Negatives = Literal["keys", "official"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: float = 0.5,
+    *,
+    negatives: Negatives = "keys",
+    reduction: Reduction = "mean",
+    gather_distributed: bool = False,
+) -> Tensor:
+    r"""Contrast each query with its own key against the keys of the other images.
+
+    .. math:: L_i = -\log \frac{\exp(\mathrm{sim}(q_i, k_i) / \tau)}{\sum_j \exp(\mathrm{sim}(q_i, k_j) / \tau)}
+
+    sim is the cosine of the two maps, read as vectors. A blank map has similarity 0 with every map.
+
+    Args:
+        query: q, heatmaps (n, h, w).
+        key: k, heatmaps (n, h, w); map i belongs to query i, all others are its negatives.
+        temperature: tau; smaller weighs the most similar negatives more.
+        negatives: ``"keys"``, the equation above, which is the paper's; ``"official"``, as in the authors' code:
+            the denominator's other terms are sim(k_i, k_j), j != i, which compare keys with keys.
+        reduction: over the images of the batch; ``"none"`` returns L, (n,).
+        gather_distributed: take negatives from every process of the default group too. Each process returns the
+            mean over its own queries, and the keys' gradients are summed over processes, so that averaging
+            gradients as DistributedDataParallel does gives those of the global batch. Local batches must be of
+            one size.
+
+    Returns:
+        A scalar, or (n,); float32 or wider. Between 0 and log n + 1 / tau for maps that are not negative, over n
+        keys in
+        all; log n when all maps are equal.
+
+    Raises:
+        ValueError: the maps' shapes differ, an option is unknown, or there is only one image and so no negative.
+
+    Example:
+        >>> info_nce(torch.ones(4, 7, 7), torch.ones(4, 7, 7))  # log 4
+        tensor(1.3863)
+
+    References:
+        Pillai et al., Consistent Explanations by Contrastive Learning (CVPR 2022), section 3.
+    """
+    check_pair(query, key)
+    check_positive("temperature", temperature)
+    check_choice("negatives", negatives, get_args(Negatives))
+    check_choice("reduction", reduction, get_args(Reduction))
+    with without_autocast(query):
+        q, k = unit_maps(query), unit_maps(key)
+        keys, offset = _gather(k) if gather_distributed else (k, 0)
+        if len(keys) < 2:
+            raise ValueError(
+                "`query` must hold at least two heatmaps, so that each has a negative; got a batch of one. Use a "
+                "larger "
+                "batch (in a DataLoader, `drop_last=True`), or `mse_consistency`, which has no negatives."
+            )
+        positive = (q * k).sum(dim=1)
+        anchor = q if negatives == "keys" else k
+        similarity = (anchor @ keys.T).diagonal_scatter(positive, offset)
+        loss = (similarity / temperature).logsumexp(dim=1) - positive / temperature
+        return reduce(loss, reduction)
+
+
+def mse_consistency(query: Tensor, key: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    r"""Compare each query with its own key only, with no negatives.
+
+    .. math:: L_i = \Big\lVert \frac{q_i}{\lVert q_i \rVert} - \frac{k_i}{\lVert k_i \rVert} \Big\rVert^2
+              = 2 - 2\,\mathrm{sim}(q_i, k_i)
+
+    The second form holds where neither map is blank; a blank map counts as a vector of zeros. The sum over pixels,
+    unlike their mean, does not depend on the resolution.
+
+    Args:
+        query: q, heatmaps (n, h, w).
+        key: k, heatmaps (n, h, w).
+        reduction: over the images of the batch; ``"none"`` returns L, (n,).
+
+    Returns:
+        A scalar, or (n,); float32 or wider. Between 0 and 2 for maps that are not negative.
+
+    Raises:
+        ValueError: the maps' shapes differ, or the reduction is unknown.
+
+    Example:
+        >>> mse_consistency(torch.ones(4, 7, 7), torch.ones(4, 7, 7)).abs() < 1e-6
+        tensor(True)
+
+    References:
+        Pillai et al., Consistent Explanations by Contrastive Learning (CVPR 2022): the non-contrastive baseline.
+    """
+    check_pair(query, key)
+    check_choice("reduction", reduction, get_args(Reduction))
+    with without_autocast(query):
+        return reduce((unit_maps(query) - unit_maps(key)).square().sum(dim=1), reduction)
+
+
+def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce a loss per image, (n,)."""
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
+
+
+def unit_maps(maps: Tensor) -> Tensor:
+    """Flatten heatmaps (n, h, w) to unit vectors (n, hw), at least float32; a blank map becomes zeros.
+
+    Dividing by the peak first keeps the squares of very small and very large values in range. A blank map gets a
+    finite gradient, where plain division by the norm would have none.
+    """
+    flat = at_least_float32(maps).flatten(1)
+    peak = flat.detach().abs().amax(dim=1, keepdim=True)
+    blank = peak < torch.finfo(flat.dtype).tiny
+    flat = flat / peak.masked_fill(blank, 1)
+    # What is not blank has a norm of at least 1, so this touches blank maps alone.
+    return flat / flat.square().sum(dim=1, keepdim=True).masked_fill(blank, 1).sqrt()
+
+
+def _gather(key: Tensor) -> tuple[Tensor, int]:
+    """Return the keys of every process, and the row of this process's first one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "`gather_distributed=True` must be used after `torch.distributed.init_process_group`; got no process "
+            "group. Start the process group first, or set `gather_distributed=False`."
+        )
+    return _AllGather.apply(key), dist.get_rank() * len(key)
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate a tensor over processes; the backward sums the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,0 +1,405 @@
+"""The regularizer: its options, and the order of the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgc_reg._checks import (
+    check_choice,
+    check_images,
+    check_option,
+    check_positive,
+    check_size,
+    check_target,
+    describe,
+)
+from cgc_reg._precision import without_autocast
+from cgc_reg.capture import (
+    BatchNormMode,
+    ForwardPass,
+    forward_pass,
+    outside_inference_mode,
+    suggest_target_layer,
+    unwrap,
+    without_compilation,
+)
+from cgc_reg.explain import HEATMAPS, heatmaps_of
+from cgc_reg.heatmaps import HeatmapRule
+from cgc_reg.losses import Negatives, Reduction, info_nce, mse_consistency, reduce
+from cgc_reg.metrics import consistency
+from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
+from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+LossName = Literal["info_nce", "mse_consistency"]
+
+
+@dataclass(frozen=True, eq=False)
+class CGCOutput:
+    """What one call of :meth:`CGCRegularizer.compute` made.
+
+    Attributes:
+        loss: L_CGC, a scalar, or (n,) for ``reduction="none"``.
+        logits: of the images x, (n, k), for the cross-entropy.
+        view_logits: of the views T(x), (n, k).
+        view: T(x), (n, c, H, W).
+        transform: T.
+        target: class whose heatmaps were compared, (n,).
+        query: T(g(x)), (n, h, w), zero where T(x) shows nothing of x.
+        key: g(T(x)), (n, h, w), zero there too.
+        scalars: detached values to log: ``loss`` and what :func:`cgc_reg.consistency` returns.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    view_logits: Tensor
+    view: Tensor
+    transform: SpatialTransform
+    target: Tensor
+    query: Tensor
+    key: Tensor
+    scalars: dict[str, Tensor]
+
+
+class CGCRegularizer(nn.Module):
+    r"""Contrastive Grad-CAM Consistency: a loss that makes a model's heatmaps follow its images.
+
+    .. math::
+        q_i = T_i(g(x_i)), \quad k_j = g(T_j(x_j)), \quad
+        L_i = -\log \frac{\exp(\mathrm{sim}(q_i, k_i) / \tau)}{\sum_j \exp(\mathrm{sim}(q_i, k_j) / \tau)}
+
+    g gives the heatmap of an image for one class, T_i is a random spatial transform, sim the cosine. Add it to the
+    loss of a training step, times a weight lam; the paper uses 0.5, and 0.25 for unlabelled images.
+
+    It has no parameters, and between calls it keeps no tensor and no reference to the model. The model is left as it
+    was found, except that :meth:`compute`'s pass over x updates BatchNorm's running statistics, as the step's own.
+
+    Args:
+        target_layer: dotted name of the layer g looks at, as in ``model.named_modules()``: the last one with a map,
+            ``"layer4"`` in a ResNet. None: that of :func:`suggest_target_layer`, found at the first call.
+        transform: draws T: :class:`RandomResizedCropFlip`, :class:`RandomAffine`, or anything with their ``sample``.
+        heatmap: the rule of g: ``"grad_cam"``, ``"hires_cam"``, ``"layer_cam"``, ``"positive_grad_cam"``,
+            ``"class_activation"`` (see :func:`check_closed_form`), or a function from activation and gradient,
+            (n, c, h, w), to heatmaps (n, h, w).
+        head: dotted name of the linear layer that ``"class_activation"`` reads; None: the only one that fits.
+        loss: ``"info_nce"`` as above; ``"mse_consistency"``, without negatives; or a function from query and key,
+            (n, h, w), masked and not normalised, to a loss: a scalar, or (n,) to be reduced.
+        temperature: tau, of ``"info_nce"``.
+        negatives: of ``"info_nce"``: ``"keys"`` as above, or ``"official"`` as in the authors' code.
+        heatmap_size: (h, w) that both heatmaps are enlarged to first; None: the grid of the view's heatmap.
+        view_size: (H, W) of the views; None: as large as x. Smaller views cost less.
+        bn_mode: what extra passes do to BatchNorm in training: ``"preserve"`` normalises with the batch's statistics
+            without touching the running ones; ``"update"`` updates them; ``"eval"`` normalises with the running ones.
+            Extra are the view's pass and, in ``reg(model, x)``, the pass over x too.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
+        gather_distributed: of ``"info_nce"``: contrast against the keys of all processes.
+        generator: source of randomness of T; torch's global one if None.
+        output_fn: from the model's output to logits (n, k); by default the output itself, its ``logits``, or the first
+            tensor of a tuple.
+        reshape_transform: from the layer's output to (n, c, h, w), for tokens or channels last.
+
+    Raises:
+        ValueError, TypeError: an option is unknown or out of range.
+
+    Example:
+        >>> model = torchvision.models.resnet18(num_classes=10)
+        >>> x, y = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+        >>> reg = CGCRegularizer("layer4")
+        >>> loss = F.cross_entropy(model(x), y) + 0.5 * reg(model, x)
+        >>> loss.backward()
+
+    References:
+        Pillai, Abbasi Koohpayegani, Ouligian, Fong and Pirsiavash, Consistent Explanations by Contrastive Learning
+        (CVPR
+        2022), section 3.
+    """
+
+    def __init__(
+        self,
+        target_layer: str | None,
+        *,
+        transform: TransformSampler | None = None,
+        heatmap: str | HeatmapRule = "grad_cam",
+        head: str | None = None,
+        loss: LossName | PairLoss = "info_nce",
+        temperature: float = 0.5,
+        negatives: Negatives = "keys",
+        heatmap_size: tuple[int, int] | None = None,
+        view_size: tuple[int, int] | None = None,
+        bn_mode: BatchNormMode = "preserve",
+        reduction: Reduction = "mean",
+        gather_distributed: bool = False,
+        generator: torch.Generator | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if target_layer is not None and (not isinstance(target_layer, str) or not target_layer):
+            raise ValueError(
+                f"`target_layer` must be the dotted name of a layer, or None; got {describe(target_layer)}. "
+                "Names: `dict(model.named_modules())`."
+            )
+        transform = RandomResizedCropFlip() if transform is None else transform
+        if not callable(getattr(transform, "sample", None)):
+            raise TypeError(
+                f"`transform` must draw transforms with a method `sample`; got {describe(transform)}. "
+                "Pass RandomResizedCropFlip(...) or RandomAffine(...)."
+            )
+        check_option("heatmap", heatmap, HEATMAPS)
+        check_option("loss", loss, get_args(LossName))
+        check_positive("temperature", temperature)
+        check_choice("negatives", negatives, get_args(Negatives))
+        check_choice("bn_mode", bn_mode, get_args(BatchNormMode))
+        check_choice("reduction", reduction, get_args(Reduction))
+        self.target_layer = target_layer
+        self.transform = transform
+        self.heatmap = heatmap
+        self.head = head
+        self.loss = loss
+        self.temperature = temperature
+        self.negatives = negatives
+        self.heatmap_size = None if heatmap_size is None else check_size("heatmap_size", heatmap_size)
+        self.view_size = None if view_size is None else check_size("view_size", view_size)
+        self.bn_mode = bn_mode
+        self.reduction = reduction
+        self.gather_distributed = gather_distributed
+        self.generator = generator
+        self.output_fn = output_fn
+        self.reshape_transform = reshape_transform
+
+    @classmethod
+    def official(
+        cls,
+        target_layer: str | None,
+        *,
+        temperature: float = 0.5,
+        loss: LossName = "info_nce",
+        transform: TransformSampler | None = None,
+        view_size: tuple[int, int] | None = None,
+        bn_mode: BatchNormMode = "preserve",
+        reduction: Reduction = "mean",
+        gather_distributed: bool = False,
+        generator: torch.Generator | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> CGCRegularizer:
+        """Make a regularizer that computes what the authors' code computes.
+
+        It differs from the paper's equation: HiResCAM instead of Grad-CAM; negatives seen from the key; heatmaps
+        enlarged
+        to 224 x 224 with a floor of 1e-8; and ``"mse_consistency"`` is a mean over pixels. The arguments are those of
+        the class.
+
+        Example:
+            >>> reg = CGCRegularizer.official("layer4")
+        """
+        check_choice("loss", loss, get_args(LossName))
+        return cls(
+            target_layer,
+            transform=transform,
+            heatmap=official_heatmap,
+            loss=official_mse if loss == "mse_consistency" else loss,
+            temperature=temperature,
+            negatives="official",
+            heatmap_size=IMAGE_SIZE,
+            view_size=view_size,
+            bn_mode=bn_mode,
+            reduction=reduction,
+            gather_distributed=gather_distributed,
+            generator=generator,
+            output_fn=output_fn,
+            reshape_transform=reshape_transform,
+        )
+
+    def forward(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return L_CGC for a loop that runs the model on x itself.
+
+        Args:
+            model: the model being trained, wrapped or not.
+            x: images (n, c, h, w), as the model takes them, n >= 2.
+            target: class whose heatmaps to compare, (n,); the predicted one if None.
+
+        Returns:
+            A scalar, or (n,) for ``reduction="none"``.
+
+        Raises:
+            ValueError, TypeError: an argument is not as described.
+            RuntimeError: the layer was not called, or its heatmap cannot be trained on.
+        """
+        with outside_inference_mode():
+            # DistributedDataParallel was armed by the loop's own pass.
+            return self._step(unwrap(without_compilation(model)), x, target, None, None, bn_mode=self.bn_mode).loss
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | None = None,
+        view: Tensor | None = None,
+        transform: SpatialTransform | None = None,
+    ) -> CGCOutput:
+        """Run the step's forward pass on x, and one on its view: two passes instead of three.
+
+        Args:
+            model, x, target: as for calling the regularizer.
+            view: T(x), (n, c, H, W), made elsewhere, such as by :class:`ContrastiveTransforms`; drawn here if None.
+            transform: the T that made the view; both or neither.
+
+        Returns:
+            The loss, the logits for the cross-entropy, and all that lies between.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as for calling the regularizer.
+
+        Example:
+            >>> model = torchvision.models.resnet18(num_classes=10)
+            >>> x, y = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+            >>> out = CGCRegularizer("layer4").compute(model, x)
+            >>> loss = F.cross_entropy(out.logits, y) + 0.5 * out.loss
+        """
+        with outside_inference_mode():
+            return self._step(without_compilation(model), x, target, view, transform, bn_mode="update")
+
+    def extra_repr(self) -> str:
+        """Name the main options in ``repr``."""
+        options = {
+            name: getattr(self, name)
+            for name in ("transform", "heatmap", "loss", "temperature", "negatives", "bn_mode")
+        }
+        return ", ".join([repr(self.target_layer), *(f"{name}={value!r}" for name, value in options.items())])
+
+    def _step(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | None,
+        view: Tensor | None,
+        transform: SpatialTransform | None,
+        *,
+        bn_mode: BatchNormMode,
+    ) -> CGCOutput:
+        x, target, view = (_without_inference(tensor) for tensor in (x, target, view))
+        _check_inputs(x, target, view, transform)
+        layer = self._layer(model, x)
+
+        image_pass = forward_pass(model, x, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+        if target is None:
+            target = image_pass.logits.detach().argmax(dim=1)
+        heatmap = self._heatmaps(model, image_pass, target)
+
+        if transform is None:
+            transform = self._draw(x)
+        if view is None:
+            view = transform(x, self.view_size)
+        view_pass = forward_pass(unwrap(model), view, layer, output_fn=self.output_fn, bn_mode=self.bn_mode)
+        key = self._heatmaps(model, view_pass, target)
+
+        query = transform(heatmap, (key.shape[1], key.shape[2]))
+        coverage = transform.coverage((key.shape[1], key.shape[2]))
+        query, key = query * coverage, key * coverage
+        loss = self._loss(query, key)
+
+        logits, view_logits = image_pass.logits, view_pass.logits
+        if torch.is_grad_enabled():
+            _check_graph(unwrap(model), query, key)
+        else:
+            loss, logits, view_logits, query, key = (t.detach() for t in (loss, logits, view_logits, query, key))
+        scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
+        return CGCOutput(loss, logits, view_logits, view, transform, target, query, key, scalars)
+
+    def _layer(self, model: nn.Module, x: Tensor) -> str:
+        if self.target_layer is None:
+            self.target_layer = suggest_target_layer(model, x)
+        return self.target_layer
+
+    def _draw(self, x: Tensor) -> SpatialTransform:
+        size = (x.shape[2], x.shape[3])
+        transform = self.transform.sample(len(x), size, device=x.device, generator=self.generator)
+        if not isinstance(transform, SpatialTransform) or len(transform) != len(x):
+            raise TypeError(
+                f"`transform.sample` must return a SpatialTransform of {len(x)} maps; got {describe(transform)}."
+            )
+        return transform
+
+    def _heatmaps(self, model: nn.Module, forward: ForwardPass, target: Tensor) -> Tensor:
+        heatmaps = heatmaps_of(
+            forward,
+            target,
+            model=model,
+            heatmap=self.heatmap,
+            head=self.head,
+            reshape_transform=self.reshape_transform,
+            create_graph=torch.is_grad_enabled(),
+        )
+        if self.heatmap_size is None:
+            return heatmaps
+        return F.interpolate(heatmaps[:, None], self.heatmap_size, mode="bilinear", align_corners=False)[:, 0]
+
+    def _loss(self, query: Tensor, key: Tensor) -> Tensor:
+        if self.loss == "info_nce":
+            return info_nce(
+                query,
+                key,
+                self.temperature,
+                negatives=self.negatives,
+                reduction=self.reduction,
+                gather_distributed=self.gather_distributed,
+            )
+        if self.loss == "mse_consistency":
+            return mse_consistency(query, key, reduction=self.reduction)
+        assert callable(self.loss)  # checked in the constructor; says so to the type checker
+        with without_autocast(query):
+            loss = self.loss(query, key)
+        if not isinstance(loss, Tensor) or loss.shape not in ((), (len(query),)):
+            raise ValueError(
+                f"`loss` must return a scalar tensor, or one of shape ({len(query)},); got {describe(loss)}."
+            )
+        return loss if loss.ndim == 0 else reduce(loss, self.reduction)
+
+
+def _without_inference(tensor: Any) -> Any:
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
+def _check_inputs(x: Tensor, target: Tensor | None, view: Tensor | None, transform: SpatialTransform | None) -> None:
+    check_images("x", x)
+    if target is not None:
+        check_target("target", target, len(x))
+    if (view is None) != (transform is None):
+        given, missing = ("transform", "view") if view is None else ("view", "transform")
+        raise ValueError(
+            f"`view` and `transform` must come together; got `{given}` without `{missing}`. Pass both, or neither."
+        )
+    if view is not None:
+        check_images("view", view)
+        if len(view) != len(x):
+            raise ValueError(f"`view` must hold one image for each of the {len(x)} in `x`; got {describe(view)}.")
+    if transform is not None:
+        if not isinstance(transform, SpatialTransform):
+            raise TypeError(
+                f"`transform` must be a SpatialTransform; got {describe(transform)}. "
+                "Wrap the thetas of a DataLoader: `SpatialTransform(theta)`."
+            )
+        if len(transform) != len(x):
+            raise ValueError(
+                f"`transform` must hold one map for each of the {len(x)} images in `x`; got {len(transform)}."
+            )
+
+
+def _check_graph(model: nn.Module, query: Tensor, key: Tensor) -> None:
+    """Refuse heatmaps that would train nothing, where there is something to train."""
+    if query.requires_grad and key.requires_grad:
+        return
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise RuntimeError(
+            "The heatmaps must depend on the model's parameters through autograd; got heatmaps without a graph, which "
+            "train nothing. Remove `detach` or `no_grad` from the model, `heatmap` or `reshape_transform`; to only "
+            "measure "
+            "the loss, call the regularizer under `torch.no_grad()`."
+        )
