@@ -32,13 +32,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {describe(model)}.")
+    inner: nn.Module = model
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = cast(nn.Module, model.module)
-        elif _is_compiled(model):
-            model = cast(nn.Module, model._orig_mod)
+        if isinstance(inner, (DistributedDataParallel, DataParallel)):
+            inner = cast(nn.Module, inner.module)
+        elif _is_compiled(inner):
+            inner = cast(nn.Module, inner._orig_mod)
         else:
-            return model
+            return inner
 
 
 def without_compilation(model: nn.Module) -> nn.Module:
