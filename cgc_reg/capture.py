@@ -68,7 +68,7 @@ def _warn_compiled() -> None:
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the submodule of an unwrapped model by its dotted name."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     while name.startswith(("module.", "_orig_mod.")) and name not in modules:
         name = name.partition(".")[2]
     if name and name in modules:
