@@ -128,6 +128,8 @@ def forward_pass(
     try:
         with cache, batch_norm_mode(model, bn_mode):
             output = model(x)
+            # Also here gradients are on: `output_fn` may compute something.
+            logits = find_logits(output, output_fn, len(x))
     finally:
         handle.remove()
         torch.set_grad_enabled(grad_enabled)
@@ -137,7 +139,7 @@ def forward_pass(
             "call. "
             "Name another, or let `suggest_target_layer(model, x)` do so."
         )
-    return ForwardPass(logits=find_logits(output, output_fn, len(x)), layer_output=kept[0])
+    return ForwardPass(logits=logits, layer_output=kept[0])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cgc_reg._checks import check_activation, describe
-from cgc_reg._precision import without_autocast
+from cgc_reg._precision import at_least_float32, without_autocast
 
 HeatmapRule = Callable[[Tensor, Tensor], Tensor]
 
@@ -140,12 +140,10 @@ def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create
     """
     # Float16 loses gradients under 6e-8, and a mean over many pixels makes them that small.
     scale = 1024.0 if activation.dtype is torch.float16 else 1.0
-    with without_autocast(activation):
+    with torch.enable_grad(), without_autocast(activation):
         score = logits.gather(1, target[:, None]).sum() * scale
         (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, allow_unused=True)
-        if gradient is None:
-            return None
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+        return None if gradient is None else at_least_float32(gradient) / scale
 
 
 RULES: dict[str, HeatmapRule] = {
