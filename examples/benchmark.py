@@ -1,0 +1,144 @@
+"""Measure what a training step with CGC costs beside cross-entropy on the same two views.
+
+    python examples/benchmark.py                      # ResNet-18, 224 x 224, batch 32
+    python examples/benchmark.py --batch-size 8 --image-size 96 --repeats 3
+
+The rows of a round run one after the other in one process, and a ratio is the median over rounds of a row's time to
+that of the first row in the same round. Peak memory is that of a process of its own for each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from cgc_reg import CGCRegularizer, RandomResizedCropFlip
+
+
+def make_steps(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Return one training step for each row, all on one model."""
+    torch.manual_seed(0)
+    device = args.device
+    model = torchvision.models.get_model(args.model, weights=None, num_classes=10).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    y = torch.randint(10, (args.batch_size,), device=device)
+    sampler = RandomResizedCropFlip()
+    reg = CGCRegularizer(args.layer)
+
+    def update(loss: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def both_views() -> None:
+        view = sampler.sample(len(x), (args.image_size, args.image_size), device=device)(x)
+        update(F.cross_entropy(model(x), y) + F.cross_entropy(model(view), y))
+
+    def one_view() -> None:
+        update(F.cross_entropy(model(x), y))
+
+    def compute() -> None:
+        out = reg.compute(model, x)
+        update(F.cross_entropy(out.logits, y) + 0.5 * out.loss)
+
+    def drop_in() -> None:
+        update(F.cross_entropy(model(x), y) + 0.5 * reg(model, x))
+
+    return {
+        "cross-entropy on both views, no CGC": both_views,
+        "cross-entropy on x, no CGC": one_view,
+        "`reg.compute`: cross-entropy on x + CGC": compute,
+        "`reg(model, x)`: cross-entropy on x + CGC": drop_in,
+    }
+
+
+def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return each row's seconds in each round."""
+    steps = make_steps(args)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(args.warmup + args.repeats):
+        for name, step in steps.items():
+            synchronize(args.device)
+            began = time.perf_counter()
+            step()
+            synchronize(args.device)
+            if turn >= args.warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU to finish."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_memory(args: argparse.Namespace, row: int) -> float:
+    """Return the peak memory of a row in MiB, above that of the process before its first step."""
+    step = list(make_steps(args).values())[row]
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step(), step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(), step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--layer", default="layer4")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of-row", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of_row is not None:
+        print(json.dumps(measure_memory(args, args.memory_of_row)))
+        return
+
+    seconds = measure_times(args)
+    rows = list(seconds)
+    memory = [
+        statistics.median(
+            float(subprocess.check_output([sys.executable, __file__, *sys.argv[1:], "--memory-of-row", str(row)]))
+            for _ in range(3)
+        )
+        for row in range(len(rows))
+    ]
+    reference = seconds[rows[0]]
+    machine = (
+        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}, {machine}, torch {torch.__version__}, {platform.machine()}\n"
+    )
+    print(
+        "| step | seconds | time ratio | lowest, highest ratio | peak memory, MiB | memory ratio |\n|---|---|---|---|---|---|"
+    )
+    for name, peak in zip(rows, memory, strict=True):
+        ratios = sorted(a / b for a, b in zip(seconds[name], reference, strict=True))
+        print(
+            f"| {name} | {statistics.median(seconds[name]):.3f} | {statistics.median(ratios):.3f} "
+            f"| {ratios[0]:.3f}, {ratios[-1]:.3f} | {peak:.0f} | {peak / memory[0]:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Files of a run, each written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name and then rename it: a crash leaves the previous one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint."""
+    write_whole(path, lambda partial: torch.save(content, partial))
+
+
+def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, or say in one sentence why that fails."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"error: there is no checkpoint {path}.") from None
+    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
+        raise SystemExit(f"error: {path} is not a checkpoint of this script ({type(error).__name__}).") from None
+    if not isinstance(content, dict) or not {"model", "arch", "classes"} <= content.keys():
+        raise SystemExit(f"error: {path} is not a checkpoint of this script.")
+    return content
+
+
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """Write one CSV row for each epoch."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in history for name in row)))
+            writer.writeheader()
+            writer.writerows(history)
+
+    write_whole(path, write)

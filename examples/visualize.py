@@ -1,0 +1,66 @@
+"""Draw heatmaps of a trained model: `python examples/visualize.py CHECKPOINT IMAGE_OR_FOLDER... --out heatmaps.png`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from checkpoint import load_checkpoint, write_whole
+from datasets import DataError, denormalize, normalize, open_image
+from models import build_model
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from cgc_reg import explain
+from cgc_reg.visualization import gallery, overlay
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read a checkpoint and images, and write one picture: image, heatmap and overlay in each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="last.pt or best.pt of train_imagenette.py")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--layer", help="layer of the heatmaps (default: the one of the training)")
+    parser.add_argument("--heatmap", default="grad_cam", help="grad_cam, hires_cam, layer_cam, ...")
+    parser.add_argument("--most", type=int, default=12, help="how many images to draw at the most")
+    parser.add_argument("--out", type=Path, default=Path("heatmaps.png"))
+    args = parser.parse_args(argv)
+
+    try:
+        paths = find_images(args.images)[: args.most]
+        saved = load_checkpoint(args.checkpoint)
+        model = build_model(saved["arch"], len(saved["classes"])).eval()
+        model.load_state_dict(saved["model"])
+        size = saved["image_size"]
+        prepare = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *normalize()])
+        x = torch.stack([prepare(open_image(str(path))) for path in paths])
+        with torch.no_grad():
+            probability, target = model(x).softmax(dim=1).max(dim=1)
+        heatmaps = explain(model, x, args.layer or saved["layer"], target, heatmap=args.heatmap)
+    except (DataError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+    images = denormalize(x)
+    figure = gallery({"image": images, "heatmap": heatmaps, "overlay": overlay(images, heatmaps)})
+    write_whole(args.out, lambda path: figure.savefig(path, format=args.out.suffix[1:] or "png", dpi=120))
+    for path, index, share in zip(paths, target.tolist(), probability.tolist(), strict=True):
+        print(f"{path}: {saved['classes'][index]} ({share:.0%})")
+    print(f"Heatmaps: {args.out}")
+
+
+def find_images(places: list[Path]) -> list[Path]:
+    """List the image files among the places and in the folders among them."""
+    found: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise DataError(f"there is no file or folder {place}.")
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        found += [path for path in inside if path.suffix.lower() in IMG_EXTENSIONS]
+    if not found:
+        raise DataError(f"no images found in {', '.join(map(str, places))}; looked for {', '.join(IMG_EXTENSIONS)}.")
+    return found
+
+
+if __name__ == "__main__":
+    main()
