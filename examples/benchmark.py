@@ -126,12 +126,10 @@ def main() -> None:
     machine = (
         torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     )
-    print(
-        f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}, {machine}, torch {torch.__version__}, {platform.machine()}\n"
-    )
-    print(
-        "| step | seconds | time ratio | lowest, highest ratio | peak memory, MiB | memory ratio |\n|---|---|---|---|---|---|"
-    )
+    setting = f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}"
+    print(f"{setting}, {machine}, torch {torch.__version__}, {platform.machine()}\n")
+    print("| step | seconds | time ratio | lowest, highest | peak memory, MiB | memory ratio |")
+    print("|---|---|---|---|---|---|")
     for name, peak in zip(rows, memory, strict=True):
         ratios = sorted(a / b for a, b in zip(seconds[name], reference, strict=True))
         print(

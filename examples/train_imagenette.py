@@ -356,7 +356,7 @@ def accuracy(logits: Tensor, y: Tensor, k: int) -> Tensor:
 
 
 class Mean:
-    """Averages of several values, each over the images it was measured on; no value leaves the device before the end."""
+    """Averages of several values, each over the images it was measured on, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = {}
