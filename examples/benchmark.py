@@ -97,8 +97,23 @@ def measure_memory(args: argparse.Namespace, row: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
-def main() -> None:
-    """Print the table."""
+def table(seconds: dict[str, list[float]], memory: list[float]) -> str:
+    """Lay out the rows; ratios are to the first one."""
+    rows = [
+        "| step | seconds | time ratio | lowest, highest | peak memory, MiB | memory ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    reference = next(iter(seconds.values()))
+    for (name, own), peak in zip(seconds.items(), memory, strict=True):
+        ratios = sorted(a / b for a, b in zip(own, reference, strict=True))
+        rows.append(
+            f"| {name} | {statistics.median(own):.3f} | {statistics.median(ratios):.3f} "
+            f"| {ratios[0]:.3f}, {ratios[-1]:.3f} | {peak:.0f} | {peak / memory[0]:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--layer", default="layer4")
@@ -108,34 +123,25 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of-row", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Print the table."""
+    args = parse_args(None)
     if args.memory_of_row is not None:
         print(json.dumps(measure_memory(args, args.memory_of_row)))
         return
-
     seconds = measure_times(args)
-    rows = list(seconds)
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of-row"]
     memory = [
-        statistics.median(
-            float(subprocess.check_output([sys.executable, __file__, *sys.argv[1:], "--memory-of-row", str(row)]))
-            for _ in range(3)
-        )
-        for row in range(len(rows))
+        statistics.median(float(subprocess.check_output([*command, str(row)])) for _ in range(3))
+        for row in range(len(seconds))
     ]
-    reference = seconds[rows[0]]
-    machine = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    )
+    gpu = torch.device(args.device).type == "cuda"
+    machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     setting = f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}"
-    print(f"{setting}, {machine}, torch {torch.__version__}, {platform.machine()}\n")
-    print("| step | seconds | time ratio | lowest, highest | peak memory, MiB | memory ratio |")
-    print("|---|---|---|---|---|---|")
-    for name, peak in zip(rows, memory, strict=True):
-        ratios = sorted(a / b for a, b in zip(seconds[name], reference, strict=True))
-        print(
-            f"| {name} | {statistics.median(seconds[name]):.3f} | {statistics.median(ratios):.3f} "
-            f"| {ratios[0]:.3f}, {ratios[-1]:.3f} | {peak:.0f} | {peak / memory[0]:.3f} |"
-        )
+    print(f"{setting}, {machine}, torch {torch.__version__}, {platform.machine()}\n\n{table(seconds, memory)}")
 
 
 if __name__ == "__main__":

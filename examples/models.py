@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 class SmallResNet(ResNet):
     """A ResNet of four blocks for images of 64 pixels; ``layer4`` puts out maps of 8 x 8."""
 
-    def __init__(self, num_classes: int, width: int = 24) -> None:
+    def __init__(self, num_classes: int, width: int = 16) -> None:
         """Make a network with as many channels as ``width`` in its first block."""
         super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
         self.inplanes = width

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoint import load_checkpoint, save_checkpoint, write_history, write_whole
-from datasets import IMAGENETTE_FOLDERS, Data, DataError, denormalize, load_data, split_labeled
-from models import build_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip, content_heatmap, explain, suggest_target_layer
 from cgc_reg.visualization import curves, gallery, overlay
+from checkpoint import load_checkpoint, save_checkpoint, write_history, write_whole
+from image_data import IMAGENETTE_FOLDERS, Data, DataError, denormalize, load_data, split_labeled
+from models import build_model
 
 PANELS = {
     "cross-entropy": ["train_cross_entropy", "val_cross_entropy"],
@@ -128,32 +128,31 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
         print(f"Continuing {out} after epoch {len(run.history)}.")
     out.mkdir(parents=True, exist_ok=True)
 
-    for epoch in range(len(run.history) + 1, args.epochs + 1):
-        began = time.perf_counter()
-        row = {"epoch": epoch, "lam": lam, "lr": run.schedule.get_last_lr()[0]}
-        try:
+    saved = len(run.history)
+    try:
+        for epoch in range(saved + 1, args.epochs + 1):
+            began = time.perf_counter()
+            row = {"epoch": epoch, "lam": lam, "lr": run.schedule.get_last_lr()[0]}
             row |= train_epoch(args, run, labeled, unlabeled, lam, epoch, steps)
             row |= validate(args, run, data)
-        except KeyboardInterrupt:
-            kept = (
-                f"{out / 'last.pt'} holds epoch {epoch - 1}; continue with --resume"
-                if epoch > 1
-                else "there is no checkpoint yet"
+            row["seconds"] = time.perf_counter() - began
+            run.history.append(row)
+            state = run_state(args, run, data, lam)
+            save_checkpoint(out / "last.pt", state)
+            saved = epoch
+            if row["val_top1"] >= max(past["val_top1"] for past in run.history):
+                save_checkpoint(out / "best.pt", state)
+            write_history(out / "metrics.csv", run.history)
+            write_whole(
+                out / "curves.png", lambda path: curves(run.history, PANELS).savefig(path, format="png", dpi=120)
             )
-            raise SystemExit(f"\nInterrupted in epoch {epoch}: {kept}.") from None
-        row["seconds"] = time.perf_counter() - began
-        run.history.append(row)
-        best = row["val_top1"] >= max(past["val_top1"] for past in run.history)
-        state = run_state(args, run, data, lam)
-        save_checkpoint(out / "last.pt", state)
-        if best:
-            save_checkpoint(out / "best.pt", state)
-        write_history(out / "metrics.csv", run.history)
-        write_whole(out / "curves.png", lambda path: curves(run.history, PANELS).savefig(path, format="png", dpi=120))
-        print(
-            f"epoch {epoch}/{args.epochs}  "
-            + "  ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("val_"))
+            measured = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("val_"))
+            print(f"epoch {epoch}/{args.epochs}  {measured}")
+    except KeyboardInterrupt:
+        kept = (
+            f"{out / 'last.pt'} holds epoch {saved}; continue with --resume" if saved else "there is no checkpoint yet"
         )
+        raise SystemExit(f"\nInterrupted: {kept}.") from None
     return run
 
 
@@ -164,6 +163,7 @@ def train_epoch(
     # All randomness of an epoch follows from the seed and its number, so a resumed run repeats it.
     seed_everything(args.seed, epoch)
     model, reg = run.model.train(), run.regularizer
+    reg.generator.manual_seed(1000 * args.seed + epoch)
     labeled_batches = cycle_batches(make_loader(args, labeled, epoch, shuffle=True))
     unlabeled_batches = (
         cycle_batches(make_loader(args, unlabeled, epoch, shuffle=True)) if unlabeled is not None else None
@@ -246,7 +246,8 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
     """Build everything as it is before the first step."""
     seed_everything(args.seed, 0)
     try:
-        model = build_model(args.arch, len(data.classes), pretrained=args.pretrained).to(args.device)
+        model = build_model(args.arch, len(data.classes), pretrained=args.pretrained)
+        model = model.to(args.device, memory_format=torch.channels_last)
         example = data.validation[0][0][None].to(args.device)
         layer = args.layer or suggest_target_layer(model, example)
         explain(model, example, layer)  # an unknown layer is an error now, not after the first epoch
@@ -436,6 +437,8 @@ def main(argv: list[str] | None = None) -> None:
             pictures |= show_heatmaps(runs[name], images, views, name)
     except DataError as error:
         raise SystemExit(f"error: {last_line(error)}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted.") from None
     print_table(runs)
     picture = args.out / "gallery.png"
     figure = gallery(pictures, title="Each image x, and below it T(x)")
@@ -448,7 +451,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def last_line(error: Exception) -> str:
     """Return an error's own words: one raised in a worker carries that worker's traceback in front."""
-    return str(error).strip().splitlines()[-1].removeprefix("datasets.DataError: ")
+    return str(error).strip().splitlines()[-1].removeprefix("image_data.DataError: ")
 
 
 if __name__ == "__main__":

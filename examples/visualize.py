@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from checkpoint import load_checkpoint, write_whole
-from datasets import DataError, denormalize, normalize, open_image
-from models import build_model
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from cgc_reg import explain
 from cgc_reg.visualization import gallery, overlay
+from checkpoint import load_checkpoint, write_whole
+from image_data import DataError, denormalize, normalize, open_image
+from models import build_model
 
 
 def main(argv: list[str] | None = None) -> None:

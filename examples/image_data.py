@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from shapes import CLASSES, Shapes
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
+
+from shapes import CLASSES, Shapes
 
 IMAGENETTE_FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 ALTERNATIVES = "use --data shapes (built in) or --data DIR (a folder with train/ and val/)"

@@ -1,0 +1,307 @@
+"""The examples, run as a person would, on data small enough to wait for."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import benchmark
+import image_data
+import models
+import shapes
+import summarize
+import train_imagenette
+import visualize
+from checkpoint import write_whole
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+TINY = ["--arch", "small_resnet", "--image-size", "32", "--batch-size", "4", "--epochs", "2", "--workers", "0"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of JPEG files in the layout of Imagenette and of torchvision's ImageFolder."""
+    root = tmp_path / "images"
+    for split, count in (("train", 8), ("val", 4)):
+        images, _, _ = shapes.draw_shapes(2 * count, size=40, seed=count)
+        for i, image in enumerate(images):
+            path = root / split / ("n01440764", "n02102040")[i % 2] / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torchvision.transforms.functional.to_pil_image(image).save(path)
+    return root
+
+
+def train(*arguments):
+    train_imagenette.main([*TINY, *map(str, arguments)])
+
+
+def refused(capsys, *arguments):
+    """Run what must fail, and return its message."""
+    with pytest.raises(SystemExit) as stop:
+        train(*arguments)
+    message = str(stop.value) if not isinstance(stop.value.code, int) else capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code != 0
+    assert "Traceback" not in message
+    return message
+
+
+def history(path):
+    with open(path / "metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_shapes_repeat_and_splits_differ():
+    first, again = (image_data.load_shapes(image_size=16, seed=3, train=32, validation=32) for _ in range(2))
+    assert torch.equal(first.train.images, again.train.images)
+    seen = {image.numpy().tobytes() for image in first.train.images}
+    assert not seen & {image.numpy().tobytes() for image in first.validation.images}
+
+
+def test_shapes_objects_have_one_area_whatever_the_class():
+    # Outlines enclose the same area whatever the class, so that area tells nothing of it. With 100 objects a class the
+    # standard error of the mean is 3 %.
+    _, label, mask = shapes.draw_shapes(700, size=64, seed=0)
+    share = mask.float().mean(dim=(1, 2))
+    for index in range(len(shapes.CLASSES)):
+        assert share[label == index].mean() == pytest.approx(share.mean().item(), rel=0.1)
+
+
+def test_shapes_masks_lie_on_the_object():
+    # The object has one colour, and what surrounds it has many.
+    image, label, mask = shapes.draw_shapes(64, size=64, seed=1)
+    for i in range(64):
+        if list(shapes.CLASSES)[label[i]] != "ring":
+            inside, outside = (image[i].float()[:, where].std(dim=1).mean() for where in (mask[i], ~mask[i]))
+            assert inside < outside
+
+
+@pytest.mark.parametrize("size", image_data.IMAGENETTE_FOLDERS)
+def test_imagenette_is_taken_from_its_own_layout(folder, size):
+    folder.rename(folder.parent / image_data.IMAGENETTE_FOLDERS[size])
+    data = image_data.load_data("imagenette", root=folder.parent, size=size, image_size=32, seed=0)
+    assert data.classes == ["n01440764", "n02102040"]
+    assert (len(data.train), len(data.validation)) == (16, 8)
+    # torchvision reads the same folder as its own data set.
+    own = torchvision.datasets.Imagenette(folder.parent, split="train", size=size)
+    assert sorted(label for _, label in own._samples) == sorted(data.labels)
+
+
+def test_no_network_is_one_sentence_with_alternatives_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.datasets.Imagenette, "_ARCHIVES", {"160px": ("http://127.0.0.1:9/none.tgz", "0")})
+    message = refused(capsys, "--data", "imagenette", "--root", tmp_path / "data", "--out", tmp_path / "run")
+    assert re.search("cannot be downloaded .*--data shapes.*--data DIR", message)
+    assert not any((tmp_path / "data").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_writes_everything_and_prints_the_table(folder, tmp_path, capsys):
+    train("--data", folder, "--out", tmp_path / "run", "--compare")
+    printed = capsys.readouterr().out
+    assert "| validation, last epoch | cross-entropy | cross-entropy + CGC |" in printed
+    assert re.search(r"\| CGC loss \| \d", printed)
+    assert (tmp_path / "run" / "gallery.png").stat().st_size > 10_000
+    for name in ("cross-entropy", "cgc"):
+        run = tmp_path / "run" / name
+        assert {path.name for path in run.iterdir()} == {"last.pt", "best.pt", "metrics.csv", "curves.png"}
+        rows = history(run)
+        assert [row["epoch"] for row in rows] == [1, 2]
+        for column in ("train_cross_entropy", "train_top1", "train_top5", "val_cross_entropy", "val_top1", "val_top5"):
+            assert column in rows[-1]
+        assert {"val_cgc", "val_similarity", "val_margin"} <= rows[-1].keys()
+        assert ("train_cgc" in rows[-1]) == (name == "cgc")
+
+
+def test_shapes_training_measures_the_content_heatmap(tmp_path, monkeypatch):
+    small = image_data.load_shapes(image_size=32, seed=0, train=16, validation=8)
+    monkeypatch.setattr(train_imagenette, "load_data", lambda *_, **__: small)
+    train("--data", "shapes", "--out", tmp_path, "--epochs", "1")
+    assert 0 < history(tmp_path / "cgc")[0]["val_content_heatmap"] < 1
+
+
+@pytest.mark.parametrize("options", [[], ["--labeled-fraction", "0.5"], ["--amp", "--cross-entropy-views", "2"]])
+def test_resumed_run_ends_bit_identical(folder, tmp_path, options):
+    common = ["--data", folder, *options]
+    train(*common, "--out", tmp_path / "whole")
+
+    class CutOffError(Exception):
+        pass
+
+    def cut(*_):
+        raise CutOffError
+
+    with pytest.MonkeyPatch.context() as patch:  # dies after the first epoch's checkpoint, as a crash would
+        patch.setattr(train_imagenette, "write_history", cut)
+        with pytest.raises(CutOffError):
+            train(*common, "--out", tmp_path / "cut")
+    train(*common, "--out", tmp_path / "cut", "--resume")
+
+    whole, resumed = (checkpoint(tmp_path / name / "cgc" / "last.pt") for name in ("whole", "cut"))
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    for past, again in zip(whole["history"], resumed["history"], strict=True):
+        assert {**past, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_crash_while_writing_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    write_whole(path, lambda partial: partial.write_bytes(b"first"))
+
+    def crash(partial):
+        partial.write_bytes(b"sec")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, crash)
+    assert path.read_bytes() == b"first"
+
+
+def test_interrupt_keeps_the_last_finished_epoch_and_says_so(folder, tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-u",
+        EXAMPLES / "train_imagenette.py",
+        *TINY,
+        "--epochs",
+        "500",
+        "--data",
+        folder,
+        "--out",
+        out,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "cgc" / "metrics.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    kept = re.search(r"Interrupted: .*last.pt holds epoch (\d+); continue with --resume", errors)
+    assert kept, errors
+    assert "Traceback" not in errors
+    assert len(checkpoint(out / "cgc" / "last.pt")["history"]) == int(kept[1])
+
+
+def test_labels_are_kept_for_the_asked_share_of_each_class(folder):
+    data = image_data.load_folder(folder, image_size=32)
+    labeled, unlabeled = image_data.split_labeled(data, 0.25, seed=0)
+    assert sorted(data.labels[i] for i in labeled.indices) == [0, 0, 1, 1]
+    assert set(labeled.indices) | set(unlabeled.indices) == set(range(16))
+    assert not set(labeled.indices) & set(unlabeled.indices)
+
+
+def test_bad_input_is_one_sentence(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "there is no folder" in refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
+    assert "there is no folder" in refused(capsys, "--data", tmp_path, "--out", out)
+    assert "Do you mean 'layer4'" in refused(capsys, "--data", folder, "--layer", "layer5", "--out", out)
+    assert "unknown --arch" in refused(capsys, "--data", folder, "--arch", "resnet19", "--out", out)
+    assert "--batch-size must be at least 2" in refused(capsys, "--data", folder, "--batch-size", "1", "--out", out)
+    assert "--labeled-fraction" in refused(capsys, "--data", folder, "--labeled-fraction", "0", "--out", out)
+    assert "--temperature must be positive" in refused(capsys, "--data", folder, "--temperature", "0", "--out", out)
+    assert not out.exists()
+
+
+def test_empty_class_is_one_sentence(folder, tmp_path, capsys):
+    (folder / "train" / "n03000684").mkdir()
+    assert "n03000684" in refused(capsys, "--data", folder, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(folder, tmp_path, capsys, workers):
+    broken = folder / "train" / "n01440764" / "0.JPEG"
+    broken.write_bytes(b"not an image")
+    message = refused(capsys, "--data", folder, "--out", tmp_path / "run", "--workers", workers)
+    assert str(broken) in message
+    assert "cannot be read" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_finished_run_is_not_overwritten(folder, tmp_path, capsys):
+    train("--data", folder, "--out", tmp_path, "--epochs", "1")
+    before = (tmp_path / "cgc" / "last.pt").read_bytes()
+    assert "already holds a run" in refused(capsys, "--data", folder, "--out", tmp_path)
+    other = refused(capsys, "--data", folder, "--out", tmp_path, "--epochs", "1", "--arch", "resnet18", "--resume")
+    assert "--arch was small_resnet and is resnet18" in other
+    assert "--lam was 0.5 and is 0.1" in refused(
+        capsys, "--data", folder, "--out", tmp_path, "--epochs", "1", "--lam", "0.1", "--resume"
+    )
+    assert (tmp_path / "cgc" / "last.pt").read_bytes() == before
+
+
+def test_visualize_draws_images_and_folders(folder, tmp_path, capsys):
+    train("--data", folder, "--out", tmp_path, "--epochs", "1")
+    picture = tmp_path / "picture.png"
+    image = folder / "val" / "n01440764" / "0.JPEG"
+    visualize.main([str(tmp_path / "cgc" / "last.pt"), str(image), str(folder / "train"), "--out", str(picture)])
+    assert picture.stat().st_size > 10_000
+    assert f"{image}: n0" in capsys.readouterr().out
+
+
+def test_visualize_refuses_bad_input(folder, tmp_path):
+    train("--data", folder, "--out", tmp_path, "--epochs", "1")
+    good, picture = str(tmp_path / "cgc" / "last.pt"), tmp_path / "picture.png"
+    (tmp_path / "empty").mkdir()
+    not_a_checkpoint = tmp_path / "text.pt"
+    not_a_checkpoint.write_text("text")
+    cases = {
+        "there is no checkpoint": [str(tmp_path / "none.pt"), str(folder)],
+        "is not a checkpoint": [str(not_a_checkpoint), str(folder)],
+        "there is no file or folder": [good, str(tmp_path / "none")],
+        "no images found": [good, str(tmp_path / "empty")],
+        "must be the dotted name": [good, str(folder), "--layer", "layer9"],
+        "must be one of 'grad_cam'": [good, str(folder), "--heatmap", "cam"],
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit, match=message):
+            visualize.main([*arguments, "--out", str(picture)])
+    assert not picture.exists()
+
+
+def test_benchmark_measures_its_rows():
+    args = benchmark.parse_args(["--batch-size", "2", "--image-size", "64", "--repeats", "1", "--warmup", "0"])
+    seconds = benchmark.measure_times(args)
+    memory = benchmark.measure_memory(args, row=2)
+    assert memory >= 0
+    assert len(benchmark.table(seconds, [1.0] * len(seconds)).splitlines()) == 2 + 4
+
+
+def test_summary_is_the_mean_and_range_over_runs(folder, tmp_path, capsys):
+    outs = [tmp_path / str(seed) for seed in range(2)]
+    for seed, out in enumerate(outs):
+        train("--data", folder, "--out", out, "--epochs", "1", "--compare", "--seed", seed)
+    capsys.readouterr()
+    summarize.main([str(out) for out in outs])
+    losses = [history(out / "cgc")[0]["val_cgc"] for out in outs]
+    expected = f"{sum(losses) / 2:.3f} ({min(losses):.3f} to {max(losses):.3f})"
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| CGC loss"))
+    assert expected in row
+
+
+def test_summary_of_a_single_training_is_refused(folder, tmp_path):
+    train("--data", folder, "--out", tmp_path, "--epochs", "1")
+    with pytest.raises(SystemExit, match="must be made with --compare"):
+        summarize.main([str(tmp_path)])
+
+
+def test_pretrained_head_is_replaced():
+    model = torchvision.models.mobilenet_v3_small(weights=None)
+    models.replace_head(model, 7)
+    assert isinstance(model.classifier[3], nn.Linear)
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
