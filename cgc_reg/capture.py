@@ -42,28 +42,49 @@ def unwrap(model: nn.Module) -> nn.Module:
             return inner
 
 
-def without_compilation(model: nn.Module) -> nn.Module:
-    """Return the module to run in place of a compiled one; DistributedDataParallel stays around it."""
-    if isinstance(model, DistributedDataParallel):
-        return model
+def without_compilation(model: nn.Module, *, stacklevel: int) -> nn.Module:
+    """Return the module to run in place of a compiled one; DistributedDataParallel stays around it.
+
+    Args:
+        model: wrapped or not.
+        stacklevel: of the warning that a compiled model gets, as :func:`warnings.warn` counts for the caller.
+    """
     inner = unwrap(model)
-    if _is_compiled(model):
-        _warn_compiled()
-    return inner
+    if any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules()):
+        warnings.warn(
+            "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook that "
+            "was added after its first call. CGC's passes run through the original, uncompiled module: they give the "
+            "same numbers at the speed of eager mode.",
+            stacklevel=stacklevel + 1,
+        )
+    while model is not inner and not isinstance(model, DistributedDataParallel):
+        model = cast(nn.Module, model._orig_mod if _is_compiled(model) else model.module)
+    return model
+
+
+@contextmanager
+def without_broadcast(model: nn.Module) -> Iterator[None]:
+    """Keep an extra pass through DistributedDataParallel from broadcasting buffers, which would overwrite them."""
+    with _attribute(model, "broadcast_buffers", False) if isinstance(model, DistributedDataParallel) else nullcontext():
+        yield
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled inside the model, by `torch.compile(module)` or `module.compile()`, as it was written."""
+    with ExitStack() as stack:
+        for module in list(model.modules()):
+            if module._compiled_call_impl is not None:
+                stack.enter_context(_attribute(module, "_compiled_call_impl", None))
+            for name, child in module.named_children():
+                if _is_compiled(child) and not _is_compiled(module):
+                    stack.enter_context(_attribute(module, name, child._orig_mod))
+        yield
 
 
 def _is_compiled(model: nn.Module) -> bool:
     # By the name of its submodule: importing OptimizedModule would load the compiler, which takes seconds.
     return "_orig_mod" in model._modules
-
-
-def _warn_compiled() -> None:
-    warnings.warn(
-        "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook that was "
-        "added after its first call. CGC's passes run through the original, uncompiled module: they give the same "
-        "numbers at the speed of eager mode.",
-        stacklevel=6,
-    )
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
@@ -103,7 +124,6 @@ def forward_pass(
             normalises with the batch's statistics, without updating the running ones; ``"eval"`` normalises with the
             running ones.
     """
-    layer = find_layer(unwrap(model), target_layer)
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -124,21 +144,25 @@ def forward_pass(
 
     grad_enabled = torch.is_grad_enabled()
     cache = nullcontext() if grad_enabled else without_autocast_cache()
-    handle = layer.register_forward_hook(keep)
-    try:
-        with cache, batch_norm_mode(model, bn_mode):
+    with cache, batch_norm_mode(model, bn_mode), _uncompiled(model):
+        handle = find_layer(unwrap(model), target_layer).register_forward_hook(keep)
+        try:
             output = model(x)
             # Also here gradients are on: `output_fn` may compute something.
             logits = find_logits(output, output_fn, len(x))
-    finally:
-        handle.remove()
-        torch.set_grad_enabled(grad_enabled)
+        finally:
+            handle.remove()
+            torch.set_grad_enabled(grad_enabled)
     if not kept:
         raise RuntimeError(
             f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not "
             "call. "
             "Name another, or let `suggest_target_layer(model, x)` do so."
         )
+    if not grad_enabled and not logits.requires_grad:
+        # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
+        with torch.enable_grad():
+            return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
     return ForwardPass(logits=logits, layer_output=kept[0])
 
 
@@ -155,6 +179,9 @@ def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[None]:
                 continue
             if mode == "eval":
                 stack.enter_context(_attribute(module, "training", False))
+                # Autograd keeps these by reference, and a later pass may overwrite them before the backward.
+                for name in ("running_mean", "running_var"):
+                    stack.enter_context(_attribute(module, name, getattr(module, name).clone()))
             elif isinstance(module, _BatchNorm):
                 stack.enter_context(_attribute(module, "track_running_stats", False))
             else:  # InstanceNorm writes to whatever running statistics it holds.
@@ -190,6 +217,11 @@ def outside_inference_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def ordinary(tensor: Any) -> Any:
+    """Return a copy of a tensor that was made in inference mode, and anything else as it is."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
 
 
 def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_size: int) -> Tensor:
@@ -289,6 +321,7 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_autocast_cache())
+        stack.enter_context(_uncompiled(model))
         model(x)
     if not found:
         raise ValueError(

@@ -63,7 +63,7 @@ class ContrastiveTransforms:
         view = transform(image[None], self.view_size)[0]
         if self.value_transform is not None:
             image, view = self._change_values(image), self._change_values(view)
-        return image, view, transform.theta[0]
+        return image, view, transform.theta[0].float()
 
     def _change_values(self, image: Tensor) -> Tensor:
         assert self.value_transform is not None

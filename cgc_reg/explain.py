@@ -15,6 +15,7 @@ from cgc_reg.capture import (
     evaluation_mode,
     find_head,
     forward_pass,
+    ordinary,
     outside_inference_mode,
     suggest_target_layer,
     unwrap,
@@ -126,7 +127,7 @@ def explain(
     check_option("heatmap", heatmap, HEATMAPS)
     model = unwrap(model)
     with outside_inference_mode(), torch.no_grad(), evaluation_mode(model):
-        x = x.clone() if x.is_inference() else x
+        x, target = ordinary(x), ordinary(target)
         layer = suggest_target_layer(model, x) if target_layer is None else target_layer
         forward = forward_pass(model, x, layer, output_fn=output_fn)
         if target is None:
@@ -134,7 +135,7 @@ def explain(
         check_target("target", target, len(x))
         return heatmaps_of(
             forward,
-            target,
+            target.long(),
             model=model,
             heatmap=heatmap,
             head=head,

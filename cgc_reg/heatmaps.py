@@ -142,6 +142,8 @@ def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create
     scale = 1024.0 if activation.dtype is torch.float16 else 1.0
     with torch.enable_grad(), without_autocast(activation):
         score = logits.gather(1, target[:, None]).sum() * scale
+        if not score.requires_grad:
+            return None
         (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, allow_unused=True)
         return None if gradient is None else at_least_float32(gradient) / scale
 

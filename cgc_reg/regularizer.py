@@ -24,9 +24,11 @@ from cgc_reg.capture import (
     BatchNormMode,
     ForwardPass,
     forward_pass,
+    ordinary,
     outside_inference_mode,
     suggest_target_layer,
     unwrap,
+    without_broadcast,
     without_compilation,
 )
 from cgc_reg.explain import HEATMAPS, heatmaps_of
@@ -232,9 +234,10 @@ class CGCRegularizer(nn.Module):
             ValueError, TypeError: an argument is not as described.
             RuntimeError: the layer was not called, or its heatmap cannot be trained on.
         """
-        with outside_inference_mode():
-            # DistributedDataParallel was armed by the loop's own pass.
-            return self._step(unwrap(without_compilation(model)), x, target, None, None, bn_mode=self.bn_mode).loss
+        model = without_compilation(model, stacklevel=4)
+        # The pass over x goes through DistributedDataParallel, which arms its synchronisation of gradients.
+        with outside_inference_mode(), without_broadcast(model):
+            return self._step(model, x, target, None, None, bn_mode=self.bn_mode).loss
 
     def compute(
         self,
@@ -264,7 +267,7 @@ class CGCRegularizer(nn.Module):
             >>> loss = F.cross_entropy(out.logits, y) + 0.5 * out.loss
         """
         with outside_inference_mode():
-            return self._step(without_compilation(model), x, target, view, transform, bn_mode="update")
+            return self._step(without_compilation(model, stacklevel=2), x, target, view, transform, bn_mode="update")
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
@@ -284,13 +287,14 @@ class CGCRegularizer(nn.Module):
         *,
         bn_mode: BatchNormMode,
     ) -> CGCOutput:
-        x, target, view = (_without_inference(tensor) for tensor in (x, target, view))
+        x, target, view = (ordinary(tensor) for tensor in (x, target, view))
         _check_inputs(x, target, view, transform)
         layer = self._layer(model, x)
 
         image_pass = forward_pass(model, x, layer, output_fn=self.output_fn, bn_mode=bn_mode)
         if target is None:
             target = image_pass.logits.detach().argmax(dim=1)
+        target = target.long()
         heatmap = self._heatmaps(model, image_pass, target)
 
         if transform is None:
@@ -361,10 +365,6 @@ class CGCRegularizer(nn.Module):
                 f"`loss` must return a scalar tensor, or one of shape ({len(query)},); got {describe(loss)}."
             )
         return loss if loss.ndim == 0 else reduce(loss, self.reduction)
-
-
-def _without_inference(tensor: Any) -> Any:
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
 
 
 def _check_inputs(x: Tensor, target: Tensor | None, view: Tensor | None, transform: SpatialTransform | None) -> None:

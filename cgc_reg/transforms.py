@@ -157,13 +157,15 @@ class SpatialTransform:
             raise ValueError(f"`x` must hold one image for each of the {len(self)} maps; got {describe(x)}.")
         size = (x.shape[-2], x.shape[-1]) if size is None else check_size("size", size)
         # grid_sample is the fastest for images, but its CUDA backward does not repeat bit for bit, and its
-        # normalised grid cannot hit a pixel's centre exactly: heatmaps, which are small, go another way.
-        exact = x.ndim == 3 or (x.requires_grad and torch.are_deterministic_algorithms_enabled())
+        # normalised grid cannot hit a pixel's centre exactly: heatmaps, which are small, go another way. It also
+        # refuses an empty batch.
+        repeatable = x.requires_grad and torch.are_deterministic_algorithms_enabled()
         with without_autocast(x):
             wide = at_least_float32(x)
             if x.ndim == 3:
                 return _gather_bilinear(wide[:, None], self.theta, size)[:, 0].to(x.dtype)
-            result = _gather_bilinear(wide, self.theta, size) if exact else _grid_sample(wide, self.theta, size)
+            resample = _gather_bilinear if repeatable or len(x) == 0 else _grid_sample
+            result = resample(wide, self.theta, size)
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return result.to(x.dtype, memory_format=torch.channels_last)
         return result.to(x.dtype)
@@ -311,7 +313,10 @@ class RandomResizedCropFlip:
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw the boxes alone: top, left, height, width, each (n,), float32, whole numbers of pixels."""
+        """Draw the boxes alone: top, left, height, width, each (n,), float32, whole numbers of pixels.
+
+        The arguments are those of :meth:`sample`; the boxes stay on the device that they are drawn on.
+        """
         image_height, image_width = check_size("image_size", image_size)
         tries = (batch_size, 10)
         area = _uniform(*self.scale, tries, device, generator) * (image_height * image_width)
@@ -324,9 +329,9 @@ class RandomResizedCropFlip:
         image_ratio = image_width / image_height
         fallback_width, fallback_height = image_width, image_height
         if image_ratio < self.ratio[0]:
-            fallback_height = round(image_width / self.ratio[0])
+            fallback_height = max(1, round(image_width / self.ratio[0]))
         elif image_ratio > self.ratio[1]:
-            fallback_width = round(image_height * self.ratio[1])
+            fallback_width = max(1, round(image_height * self.ratio[1]))
         width, height = width.masked_fill(~fits, fallback_width), height.masked_fill(~fits, fallback_height)
 
         top, left = (

@@ -55,7 +55,7 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
         A matplotlib figure; ``figure.savefig("gallery.png")`` writes it, with or without a display.
 
     Example:
-        >>> gallery({"image": torch.rand(2, 3, 32, 32), "heatmap": torch.rand(2, 4, 4)}).savefig("gallery.png")
+        >>> figure = gallery({"image": torch.rand(2, 3, 32, 32), "heatmap": torch.rand(2, 4, 4)})
     """
     from matplotlib.figure import Figure
 
@@ -87,7 +87,7 @@ def curves(history: list[dict[str, float]], panels: Mapping[str, list[str]]) -> 
         A matplotlib figure.
 
     Example:
-        >>> curves([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.5}], {"loss": ["loss"]}).savefig("curves.png")
+        >>> figure = curves([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.5}], {"loss": ["loss"]})
     """
     from matplotlib.figure import Figure
 

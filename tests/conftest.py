@@ -1,0 +1,28 @@
+"""What every test gets: a fixed seed, and the names that docstrings' examples use."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import cgc_reg
+
+
+class DoctestNames:
+    """A plugin, since a conftest's own fixtures reach only the files beside it, and the examples are in the package."""
+
+    @pytest.fixture(autouse=True)
+    def doctest_names(self, doctest_namespace):
+        doctest_namespace.update({name: getattr(cgc_reg, name) for name in cgc_reg.__all__})
+        doctest_namespace.update(torch=torch, torchvision=torchvision, nn=nn, F=F)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(DoctestNames())
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Let a test fail or pass alone as it does among others."""
+    torch.manual_seed(0)

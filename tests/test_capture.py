@@ -1,0 +1,340 @@
+"""The model after a call is the model before it, whatever happens in between."""
+
+import copy
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
+from strategies import generator
+from torch import nn
+
+from cgc_reg import CGCRegularizer, explain, suggest_target_layer
+
+X = torch.randn(4, 3, 16, 16, generator=generator(0))
+LAYER = "features.4"
+
+
+class Stumble(nn.Module):
+    """Pass x on, and raise the n-th time."""
+
+    def __init__(self, module, at):
+        super().__init__()
+        self.module = module
+        self.calls, self.at = itertools.count(1), at
+
+    def forward(self, x):
+        if next(self.calls) == self.at:
+            raise ArithmeticError("stumbled")
+        return self.module(x)
+
+
+class TupleLayer(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class IntegerLayer(nn.Module):
+    def forward(self, x):
+        return x.long()
+
+
+class OddNet(nn.Module):
+    """A forward that uses its layers as few do: one twice, one never, others for what is no floating-point tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.never = nn.Conv2d(4, 4, 3)
+        self.pair = TupleLayer()
+        self.integer = IntegerLayer()
+        self.aside = nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x, _ = self.pair(self.twice(self.twice(self.stem(x))))
+        self.integer(x)
+        self.aside(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def batch_norm_net():
+    """A net in training whose second norm is frozen, as fine-tuning does, with statistics unlike the fresh ones."""
+    net = relu_net(nn.BatchNorm2d)
+    net(X)
+    net.features[4].eval()
+    return net
+
+
+def instance_norm_net():
+    net = relu_net(lambda channels: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True))
+    net(X)
+    net.features[4].eval()
+    return net
+
+
+def regularizer(**options):
+    return CGCRegularizer(LAYER, generator=generator(0), **options)
+
+
+def call(reg, model, x=X):
+    return reg(model, x)
+
+
+def compute(reg, model, x=X):
+    return reg.compute(model, x).loss
+
+
+def look(reg, model, x=X):
+    return explain(model, x)
+
+
+def suggest(reg, model, x=X):
+    return suggest_target_layer(model, x)
+
+
+calls = pytest.mark.parametrize("run", [call, compute])
+norms = pytest.mark.parametrize("build", [batch_norm_net, instance_norm_net])
+modes = pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+
+
+@calls
+@norms
+@modes
+def test_hooks_and_flags_are_as_before(run, build, bn_mode):
+    model = build()
+    before = settings_of(model)
+    run(regularizer(bn_mode=bn_mode), model).backward()
+    assert settings_of(model) == before
+
+
+@pytest.mark.parametrize("position", ["before the layer", "at the layer", "behind the layer"])
+@pytest.mark.parametrize("at", [1, 2], ids=["first pass", "second pass"])
+@calls
+@modes
+def test_hooks_and_flags_are_as_before_when_the_model_raises(position, at, run, bn_mode):
+    model = batch_norm_net()
+    index = {"before the layer": 1, "at the layer": 4, "behind the layer": 5}[position]
+    model.features[index] = Stumble(model.features[index], at)
+    before, grad_enabled = settings_of(model), torch.is_grad_enabled()
+    with pytest.raises(ArithmeticError):
+        run(regularizer(bn_mode=bn_mode), model)
+    assert settings_of(model) == before
+    assert torch.is_grad_enabled() == grad_enabled
+
+
+def stumble(*args):
+    raise ArithmeticError("stumbled")
+
+
+@pytest.mark.parametrize("option", ["heatmap", "loss", "output_fn", "reshape_transform"])
+@calls
+def test_hooks_and_flags_are_as_before_when_a_users_function_raises(option, run):
+    model = batch_norm_net()
+    before = settings_of(model)
+    with pytest.raises(ArithmeticError):
+        run(regularizer(**{option: stumble}), model)
+    assert settings_of(model) == before
+
+
+@pytest.mark.parametrize("at", [1, 2], ids=["first pass", "second pass"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@calls
+def test_gradient_mode_is_as_before_when_the_model_raises(at, mode, run):
+    model = relu_net()
+    model.features[5] = Stumble(model.features[5], at)
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        with pytest.raises(ArithmeticError):
+            run(regularizer(), model, X.clone())
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("run", [call, compute, look, suggest])
+def test_gradient_mode_is_as_before(mode, run):
+    model = relu_net()
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        run(regularizer(), model, X.clone())
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+@norms
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
+def test_running_statistics_are_as_before(build, bn_mode, mode):
+    model = build()
+    before = buffers_of(model)
+    with mode():
+        regularizer(bn_mode=bn_mode)(model, X)
+    assert_same(buffers_of(model), before)
+
+
+@norms
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+def test_compute_updates_running_statistics_as_one_plain_pass(build, bn_mode):
+    model = build()
+    plain = copy.deepcopy(model)
+    regularizer(bn_mode=bn_mode).compute(model, X)
+    plain(X)
+    assert_same(buffers_of(model), buffers_of(plain))
+
+
+@norms
+@calls
+def test_mode_update_updates_running_statistics_as_two_plain_passes(build, run):
+    model = build()
+    plain = copy.deepcopy(model)
+    view = regularizer().compute(copy.deepcopy(model), X).view
+    run(regularizer(bn_mode="update"), model)
+    plain(X)
+    plain(view)
+    assert_same(buffers_of(model), buffers_of(plain))
+
+
+@norms
+def test_running_statistics_are_as_before_when_the_model_raises(build):
+    model = build()
+    model.head = Stumble(model.head, at=2)
+    before = buffers_of(model)
+    with pytest.raises(ArithmeticError):
+        regularizer()(model, X)
+    assert_same(buffers_of(model), before)
+
+
+@norms
+def test_mode_preserve_normalises_as_in_any_pass_in_training(build):
+    model = build()
+    out = regularizer().compute(model, X)
+    assert_same(out.view_logits, model(out.view))
+
+
+@norms
+def test_mode_eval_normalises_with_the_running_statistics(build):
+    model = build()
+    out = regularizer(bn_mode="eval").compute(model, X)
+    assert_same(out.view_logits, model.eval()(out.view))
+
+
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+def test_gradient_is_the_same_before_and_after_the_loops_own_pass(bn_mode):
+    model = batch_norm_net()
+    twin = copy.deepcopy(model)
+    # The loop's own pass writes to the running statistics, which the backward pass may still need.
+    loss = regularizer(bn_mode=bn_mode)(model, X)
+    model(X)
+    torch.testing.assert_close(gradients(loss, model), gradients(regularizer(bn_mode=bn_mode)(twin, X), twin))
+
+
+@calls
+def test_parameters_keep_their_gradients_and_flags(run):
+    model, x = batch_norm_net(), X.clone().requires_grad_()
+    F.cross_entropy(model(x), torch.tensor([0, 1, 2, 3])).backward()
+    model.features[0].requires_grad_(False)
+    tensors = [x, *model.parameters()]
+    before = [(t.grad, t.grad.clone(), t.requires_grad, t._version) for t in tensors]
+    run(regularizer(), model, x)
+    for tensor, (grad, value, requires_grad, version) in zip(tensors, before, strict=True):
+        assert tensor.grad is grad
+        assert_same(grad, value)
+        assert (tensor.requires_grad, tensor._version) == (requires_grad, version)
+
+
+@calls
+@pytest.mark.parametrize("heatmap", ["grad_cam", "hires_cam", "class_activation"])
+def test_in_place_layer_behind_the_target_changes_nothing(run, heatmap):
+    def densenet_like(inplace):
+        torch.manual_seed(0)
+        return GapNet(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=inplace), head=nn.Linear(6, 5)).double()
+
+    reg = CGCRegularizer("features.1", heatmap=heatmap)
+    results = []
+    for model in (densenet_like(True), densenet_like(False)):
+        reg.generator = generator(0)
+        loss = run(reg, model, X.double())
+        results.append({"loss": loss.detach(), **gradients(loss, model)})
+    assert_same(*results)
+
+
+def test_explain_is_not_fooled_by_an_in_place_layer():
+    model = GapNet(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3), head=nn.Linear(6, 5))
+    fooled = explain(model, X, "features.0")
+    model.features[1].inplace = False
+    assert_same(fooled, explain(model, X, "features.0"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ("twice", RuntimeError, "calls once.*'twice'"),
+        ("never", RuntimeError, "forward calls.*'never'"),
+        ("pair", TypeError, "one floating-point tensor; got .*tuple|one floating-point tensor; got \\("),
+        ("integer", TypeError, "one floating-point tensor; got a int64 tensor"),
+        ("aside", RuntimeError, "must lead to the logits"),
+        ("head", ValueError, r"\(n, c, h, w\); got a float32 tensor of shape \(4, 5\)"),
+    ],
+)
+@calls
+def test_layer_that_cannot_be_explained_is_refused(layer, error, message, run):
+    model = OddNet()
+    before = settings_of(model)
+    with pytest.raises(error, match=message):
+        run(CGCRegularizer(layer), model)
+    assert settings_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "suggestion"), [("faetures.4", "features.4"), ("feature", "features"), ("layer4", "features")]
+)
+def test_misspelt_layer_gets_close_matches(misspelt, suggestion):
+    with pytest.raises(ValueError, match=f"`target_layer`.*{misspelt!r}.*mean.*{suggestion!r}"):
+        CGCRegularizer(misspelt)(relu_net(), X)
+
+
+@pytest.mark.parametrize("name", ["module.features.4", "_orig_mod.features.4", "module._orig_mod.features.4"])
+def test_names_from_a_wrapper_are_understood(name):
+    model = relu_net()
+    assert_same(explain(model, X, name), explain(model, X, "features.4"))
+
+
+def test_data_parallel_is_looked_into():
+    model = relu_net()
+    loss = regularizer()(nn.DataParallel(model), X)
+    assert_same(loss, regularizer()(model, X))
+
+
+@calls
+def test_users_hooks_still_run_and_stay(run):
+    model, shapes = relu_net(), []
+    model.features[4].register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    before = settings_of(model)
+    run(regularizer(), model)
+    assert len(shapes) == 2  # one for each pass
+    assert settings_of(model) == before
+
+
+@pytest.mark.parametrize("run", [call, compute, look, suggest])
+def test_looking_under_autocast_does_not_cut_weights_from_later_training(run):
+    # Autocast keeps the weights that it casts; a copy cast without gradients would serve the training pass too.
+    model = relu_net()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            run(regularizer(), model)
+        model(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("heatmap", ["grad_cam", "class_activation"])
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad], ids=["frozen trunk", "no_grad"])
+def test_trunk_without_gradients_costs_no_graph(heatmap, mode):
+    model, seen = relu_net(), []
+    model.features.requires_grad_(mode is torch.no_grad)
+    model.features[3].register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    with mode():
+        regularizer(heatmap=heatmap)(model, X)
+    assert seen == [False, False]

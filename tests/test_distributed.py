@@ -1,0 +1,235 @@
+"""Two real processes against one with the whole batch.
+
+Every scenario runs in one pair of processes, started once; each process writes what it got, and the tests compare.
+"""
+
+import datetime
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from networks import assert_same, buffers_of, gradients, relu_net
+from strategies import generator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cgc_reg import CGCRegularizer, RandomResizedCropFlip, explain, info_nce, suggest_target_layer
+
+PROCESSES = 2
+X = torch.randn(6, 3, 16, 16, generator=generator(0), dtype=torch.float64)
+Y = torch.tensor([0, 3, 1, 4, 2, 2])
+TRANSFORM = RandomResizedCropFlip().sample(6, (16, 16), generator=generator(1))
+SHARE = [slice(0, 3), slice(3, 6)]
+
+
+class Prepared:
+    """A sampler that draws what the test prepared."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def sample(self, batch_size, image_size, *, device=None, generator=None):
+        return self.transform
+
+
+def network(norm=nn.Identity):
+    torch.manual_seed(0)
+    return relu_net(norm).double()
+
+
+def regularizer(share, **options):
+    return CGCRegularizer("features", transform=Prepared(TRANSFORM[share]), **options)
+
+
+# ---- the scenarios: how a model is wrapped, and how one process gets its loss
+
+
+def call(model, share, **options):
+    return regularizer(share, **options)(model, X[share])
+
+
+def gathered_call(model, share):
+    return call(model, share, gather_distributed=True)
+
+
+def gathered_official_call(model, share):
+    return call(model, share, gather_distributed=True, negatives="official")
+
+
+def call_alone(model, share):
+    """Train two steps with no pass besides the regularizer's."""
+    gathered_call(model, share).backward()
+    return gathered_call(model, share)
+
+
+def compute_step(model, share):
+    out = regularizer(share, gather_distributed=True).compute(model, X[share])
+    return F.cross_entropy(out.logits, Y[share]) + out.loss
+
+
+def call_step(model, share):
+    return F.cross_entropy(model(X[share]), Y[share]) + regularizer(share, gather_distributed=True)(model, X[share])
+
+
+def plain(model):
+    return model
+
+
+def compiled_outside(model):
+    return torch.compile(DistributedDataParallel(model), backend="eager")
+
+
+def compiled_inside(model):
+    return DistributedDataParallel(torch.compile(model, backend="eager"))
+
+
+SCENARIOS = {
+    "local": (plain, call),
+    "gathered": (plain, gathered_call),
+    "gathered official": (plain, gathered_official_call),
+    "compute": (DistributedDataParallel, compute_step),
+    "call": (DistributedDataParallel, call_step),
+    "call alone": (DistributedDataParallel, call_alone),
+    "compute, compiled outside": (compiled_outside, compute_step),
+    "call, compiled outside": (compiled_outside, call_step),
+    "compute, compiled inside": (compiled_inside, compute_step),
+    "call, compiled inside": (compiled_inside, call_step),
+}
+STEPS = [name for name in SCENARIOS if name.startswith(("compute", "call")) and name != "call alone"]
+
+
+def outcome(wrap, step, rank):
+    model = network()
+    wrapped = wrap(model)
+    try:
+        loss = step(wrapped, SHARE[rank])
+        loss.backward()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    # CGC does not depend on a linear head's bias, whose gradient stays None.
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return {"loss": loss.detach(), **grads}
+
+
+def buffers_after(rank, *passes):
+    """Run passes of a network with batch normalisation, of whose statistics each process has its own between passes."""
+    model = network(nn.BatchNorm2d)
+    ddp = DistributedDataParallel(model)
+    for run in passes:
+        run(ddp, SHARE[rank])
+    return buffers_of(model)
+
+
+def plain_pass(model, share):
+    model(X[share])
+
+
+def compute(model, share):
+    regularizer(share).compute(model, X[share])
+
+
+def look(model, share):
+    explain(model, X[share], "features")
+    suggest_target_layer(model, X[share])
+
+
+def work(rank, folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's host name need not resolve
+    # A process whose partner died gives up after a minute.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=datetime.timedelta(minutes=1),
+    )
+    results = {name: outcome(*scenario, rank) for name, scenario in SCENARIOS.items()}
+    results["one pass"] = buffers_after(rank, plain_pass)
+    results["one pass and extra ones"] = buffers_after(rank, plain_pass, call, look)
+    results["two passes"] = buffers_after(rank, plain_pass, plain_pass)
+    results["one pass and compute"] = buffers_after(rank, plain_pass, compute)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+def mean(results, name):
+    first, second = (result[name] for result in results)
+    assert "error" not in first, first["error"]
+    return {key: (first[key] + second[key]) / 2 for key in first}
+
+
+def alone(step, share=slice(0, 6)):
+    model = network()
+    loss = step(model, share)
+    return {"loss": loss.detach(), **gradients(loss, model)}
+
+
+def plain_step(model, share):
+    return F.cross_entropy(model(X[share]), Y[share]) + call(model, share)
+
+
+def test_averaged_gradients_of_gathered_keys_are_those_of_the_global_batch(results):
+    torch.testing.assert_close(mean(results, "gathered"), alone(call))
+
+
+def test_averaged_gradients_hold_for_the_authors_negatives_too(results):
+    torch.testing.assert_close(
+        mean(results, "gathered official"), alone(lambda model, share: call(model, share, negatives="official"))
+    )
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_without_gathering_each_process_has_its_own_batch(results, rank):
+    torch.testing.assert_close(results[rank]["local"], alone(call, SHARE[rank]))
+
+
+def test_gathering_makes_a_difference(results):
+    gathered, local = mean(results, "gathered"), mean(results, "local")
+    assert gathered["loss"] > local["loss"]  # more negatives, larger denominator
+    assert not torch.allclose(gathered["head.weight"], local["head.weight"])
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_data_parallel_training_has_the_gradients_of_the_global_batch(results, name, rank):
+    expected = alone(plain_step)
+    actual = {**results[rank][name], "loss": expected["loss"]}  # the loss is that of the process's own share
+    assert "error" not in actual, actual["error"]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_loop_without_a_pass_of_its_own_is_synchronised_or_stopped(results):
+    first, second = (result["call alone"] for result in results)
+    if "error" not in first:
+        torch.testing.assert_close(first["head.weight"], second["head.weight"])
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_extra_passes_do_not_broadcast_buffers(results, rank):
+    assert_same(results[rank]["one pass and extra ones"], results[rank]["one pass"])
+    assert_same(results[rank]["one pass and compute"], results[rank]["two passes"])
+
+
+def test_running_statistics_differ_between_processes(results):
+    # Else the test before shows nothing.
+    first, second = (result["one pass"]["features.1.running_mean"] for result in results)
+    assert not torch.allclose(first, second)
+
+
+def test_gathering_needs_a_process_group():
+    with pytest.raises(RuntimeError, match=r"`gather_distributed=True`.*init_process_group"):
+        info_nce(torch.rand(2, 3, 3), torch.rand(2, 3, 3), gather_distributed=True)
+    with pytest.raises(RuntimeError, match=r"`gather_distributed=True`.*init_process_group"):
+        gathered_call(network(), SHARE[0])

@@ -1,0 +1,219 @@
+"""Heatmaps for looking at, the suggested layer, and the check of the closed form."""
+
+import captum.attr
+import pytest
+import torch
+import torchvision
+from networks import GapNet, assert_same, buffers_of, relu_net, settings_of
+from strategies import generator
+from torch import nn
+
+from cgc_reg import check_closed_form, explain, suggest_target_layer
+from cgc_reg.explain import HEATMAPS
+
+X = torch.randn(4, 3, 16, 16, generator=generator(0))
+
+
+def resnet18():
+    return torchvision.models.resnet18(num_classes=5)
+
+
+def mixed_mode_net():
+    """A net in training with a norm in evaluation mode and dropout."""
+    net = relu_net(nn.BatchNorm2d)
+    net(X)
+    net.head = nn.Sequential(nn.Dropout(0.5), net.head)
+    net.features[1].eval()
+    return net
+
+
+@pytest.mark.parametrize("heatmap", HEATMAPS)
+def test_heatmaps_have_the_layers_grid_and_no_graph(heatmap):
+    heatmaps = explain(relu_net(), torch.rand(2, 3, 16, 24), "features", heatmap=heatmap)
+    assert heatmaps.shape == (2, 4, 6)
+    assert heatmaps.min() >= 0
+    assert not heatmaps.requires_grad
+
+
+def test_explain_equals_captum_for_the_predicted_class():
+    model = resnet18().eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = captum.attr.LayerGradCam(model, model.layer4).attribute(
+        x, model(x).argmax(dim=1), relu_attributions=True
+    )
+    torch.testing.assert_close(explain(model, x, "layer4")[:, None], expected)
+
+
+def test_explain_runs_in_evaluation_mode():
+    model = mixed_mode_net()
+    assert_same(explain(model, X, "features"), explain(model.eval(), X, "features"))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: explain(model, X, "features"),
+        lambda model: suggest_target_layer(model, X),
+        lambda model: check_closed_form(model, X, "features"),
+    ],
+    ids=["explain", "suggest_target_layer", "check_closed_form"],
+)
+def test_model_is_left_as_found(look):
+    model = mixed_mode_net()
+    settings, buffers = settings_of(model), buffers_of(model)
+    look(model)
+    assert settings_of(model) == settings
+    assert_same(buffers_of(model), buffers)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "look", [lambda model: explain(model, X, "features"), lambda model: suggest_target_layer(model, X)]
+)
+def test_model_is_left_as_found_when_it_raises(look):
+    model = mixed_mode_net()
+    model.head = nn.Linear(1, 1)  # the pooled map has 8 channels
+    settings = settings_of(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        look(model)
+    assert settings_of(model) == settings
+
+
+def test_explain_finds_the_layer():
+    model = relu_net()
+    assert_same(explain(model, X), explain(model, X, "features"))
+
+
+def test_target_is_the_class_of_each_image():
+    model = relu_net()
+    target = (model(X).argmax(dim=1) + 1) % 5
+    together = explain(model, X, "features", target)
+    alone = torch.cat([explain(model, X[i : i + 1], "features", target[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(together, explain(model, X, "features"))
+
+
+def test_explain_works_on_a_frozen_model():
+    model = relu_net()
+    expected = explain(model, X, "features")
+    assert_same(explain(model.requires_grad_(False), X, "features"), expected)
+
+
+@pytest.mark.parametrize("layer", ["features.0", "features"])
+def test_explain_works_in_inference_mode(layer):
+    # The first layer hands on the images themselves, which inference mode has made unfit for a graph.
+    net = relu_net()
+    model = GapNet(nn.Identity(), *net.features, head=net.head)
+    target = torch.tensor([0, 3, 1, 4])
+    expected = explain(model, X, layer, target)
+    with torch.inference_mode():
+        assert_same(explain(model, X.clone(), layer), explain(model, X, layer))
+        assert_same(explain(model, X.clone(), layer, target.clone()), expected)
+
+
+def test_explain_works_on_a_model_that_runs_its_trunk_without_gradients():
+    class LinearProbe(GapNet):
+        def forward(self, x):
+            with torch.no_grad():
+                features = self.features(x)
+            return self.head(features.mean(dim=(2, 3)))
+
+    net = relu_net()
+    probe = LinearProbe(*net.features, head=net.head)
+    assert_same(explain(probe, X, "features"), explain(net, X, "features"))
+
+
+def test_explain_is_float32_under_autocast():
+    model = relu_net()
+    with torch.autocast("cpu", torch.bfloat16):
+        heatmaps = explain(model, X, "features", torch.zeros(4).long())
+    assert heatmaps.dtype == torch.float32
+    exact = explain(model, X, "features", torch.zeros(4).long())
+    # bfloat16 keeps 8 bits: a few roundings of 0.4 % of the largest value.
+    torch.testing.assert_close(heatmaps, exact, rtol=0, atol=0.02 * exact.max().item())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, "`x` must be images"),
+        ({"x": X.byte()}, TypeError, "`x` must hold floating-point"),
+        ({"model": "resnet18"}, TypeError, "`model` must be"),
+        ({"target_layer": "faetures"}, ValueError, "`target_layer`.*'features'"),
+        ({"target": torch.zeros(3).long()}, ValueError, r"`target`.*\(4,\)"),
+        ({"target": torch.zeros(4)}, TypeError, "`target` must hold integer"),
+        ({"heatmap": "gradcam"}, ValueError, "`heatmap` must be one of 'grad_cam'"),
+        ({"heatmap": "class_activation", "head": "haed"}, ValueError, "`head`.*'head'"),
+        ({"heatmap": lambda a, g: a}, ValueError, "`heatmap` must return heatmaps"),
+        ({"output_fn": torch.sum}, ValueError, "`output_fn` must return logits"),
+        ({"reshape_transform": torch.sum}, ValueError, "`reshape_transform` must return"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        explain(**{"model": relu_net(), "x": X, "target_layer": "features", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("resnet18", "layer4"),
+        ("densenet121", "features"),
+        ("mobilenet_v2", "features"),
+        ("vgg11", "features"),
+        ("efficientnet_b0", "features"),
+    ],
+)
+def test_suggested_layer_is_the_usual_one(name, layer):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    # No weight is read: shapes alone decide, and a meta model costs nothing.
+    assert suggest_target_layer(model, torch.zeros(1, 3, 64, 64, device="meta")) == layer
+
+
+def test_suggested_layer_is_named_as_inside_wrappers():
+    assert suggest_target_layer(nn.DataParallel(relu_net()), X) == "features"
+
+
+def test_suggested_layer_is_no_map_of_one_pixel():
+    model = relu_net()
+    model.head = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 5, 1), nn.Flatten())
+    assert suggest_target_layer(model, X) == "features"
+
+
+def test_network_without_a_map_gets_no_suggestion():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    with pytest.raises(ValueError, match="`model` must have a layer that puts out a map"):
+        suggest_target_layer(model, X)
+
+
+def test_closed_form_holds_for_average_pooling_and_a_linear_head():
+    # Equal but for rounding: float32's 1e-7, times the square root of a few hundred terms.
+    assert check_closed_form(resnet18(), torch.randn(2, 3, 64, 64), "layer4") < 1e-5
+
+
+def test_closed_form_does_not_hold_before_a_relu():
+    with pytest.raises(ValueError, match="`heatmap='class_activation'` must agree with autograd"):
+        check_closed_form(relu_net(), X, "features.4")
+
+
+def test_closed_form_does_not_hold_before_a_norm():
+    model = relu_net()
+    model.features.append(nn.BatchNorm2d(8))
+    nn.init.normal_(model.features[6].weight)
+    with pytest.raises(ValueError, match="`heatmap='class_activation'` must agree with autograd"):
+        check_closed_form(model, X, "features.5")
+
+
+def test_closed_form_does_not_hold_before_two_linear_layers():
+    model = relu_net()
+    model.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match="`heatmap='class_activation'` must agree with autograd"):
+        check_closed_form(model, X, "features")
+
+
+def test_tolerance_decides_what_is_close():
+    distance = check_closed_form(relu_net(), X, "features.4", tolerance=2)
+    assert 0.01 < distance <= 2
+    with pytest.raises(ValueError, match=f"above {distance / 2:g}"):
+        check_closed_form(relu_net(), X, "features.4", tolerance=distance / 2)
