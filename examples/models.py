@@ -35,10 +35,13 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False) -> nn.
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
         raise ValueError(f"unknown --arch {arch}; choose small_resnet or one of torchvision's: {', '.join(names)}.")
-    if not pretrained:
-        return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
-    model = torchvision.models.get_model(arch, weights="DEFAULT")
-    replace_head(model, num_classes)
+    if pretrained:
+        model = torchvision.models.get_model(arch, weights="DEFAULT")
+        replace_head(model, num_classes)
+    else:
+        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    if hasattr(model, "aux_logits"):
+        model.aux_logits = False  # GoogLeNet and Inception then put out logits in training too
     return model
 
 

@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--layer", help="layer of the heatmaps (default: the last one with a map)")
     train = parser.add_argument_group("training")
     train.add_argument("--lam", type=float, default=0.5, help="weight of CGC; 0 trains with cross-entropy alone")
+    train.add_argument("--lam-warmup-epochs", type=float, default=0.0, help="epochs in which lam grows from 0")
     train.add_argument("--temperature", type=float, default=0.5, help="tau of CGC")
     train.add_argument("--compare", action="store_true", help="train with --lam 0 too, and print both side by side")
     train.add_argument(
@@ -93,8 +94,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("epochs", "batch_size", "image_size", "temperature", "lr"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive; got {getattr(args, name)}.")
-    if args.lam < 0:
-        parser.error(f"--lam must not be negative; got {args.lam}.")
+    for name in ("lam", "lam_warmup_epochs", "workers", "weight_decay"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative; got {getattr(args, name)}.")
     if args.batch_size < 2:
         parser.error("--batch-size must be at least 2: BatchNorm and CGC compare the images of a batch.")
     if not 0 < args.labeled_fraction <= 1:
@@ -171,6 +173,8 @@ def train_epoch(
     total = Mean()
     bar = tqdm(range(steps), desc=f"epoch {epoch}/{args.epochs}", leave=False, mininterval=0.5)
     for step in bar:
+        progress = epoch - 1 + step / steps
+        weight = lam if progress >= args.lam_warmup_epochs else lam * progress / args.lam_warmup_epochs
         x, y, *_ = (tensor.to(args.device, non_blocking=True) for tensor in next(labeled_batches))
         with autocast(args):
             if lam > 0 and unlabeled_batches is None:
@@ -184,7 +188,7 @@ def train_epoch(
                 u, *_ = next(unlabeled_batches)
                 cgc = reg(model, u.to(args.device, non_blocking=True))
             cross_entropy = F.cross_entropy(logits, y)
-            loss = cross_entropy + lam * cgc
+            loss = cross_entropy + weight * cgc
             if args.cross_entropy_views == 2:
                 loss = loss + F.cross_entropy(view_logits, y)
         run.optimizer.zero_grad(set_to_none=True)
