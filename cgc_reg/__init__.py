@@ -7,6 +7,7 @@ from cgc_reg.heatmaps import class_activation, grad_cam, hires_cam, layer_cam, p
 from cgc_reg.losses import info_nce, mse_consistency
 from cgc_reg.metrics import consistency, content_heatmap
 from cgc_reg.regularizer import CGCOutput, CGCRegularizer
+from cgc_reg.reshape import TokensToMaps, channels_last_to_maps
 from cgc_reg.transforms import RandomAffine, RandomResizedCropFlip, SpatialTransform, TransformSampler
 
 __version__ = "0.0.1"
@@ -18,7 +19,9 @@ __all__ = [
     "RandomAffine",
     "RandomResizedCropFlip",
     "SpatialTransform",
+    "TokensToMaps",
     "TransformSampler",
+    "channels_last_to_maps",
     "check_closed_form",
     "class_activation",
     "consistency",

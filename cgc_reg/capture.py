@@ -26,6 +26,7 @@ class ForwardPass:
 
     logits: Tensor  # (n, k)
     layer_output: Tensor
+    channels_last: bool  # whether the layer's output looks like (n, h, w, c)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -125,6 +126,7 @@ def forward_pass(
             running ones.
     """
     kept: list[Tensor] = []
+    channels_last = False
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
         if kept:
@@ -138,6 +140,8 @@ def forward_pass(
                 f"`target_layer` must put out one floating-point tensor; got {describe(output)} from {target_layer!r}. "
                 "Name a layer inside it or behind it."
             )
+        nonlocal channels_last
+        channels_last = is_channels_last(module, output)
         torch.set_grad_enabled(True)
         kept.append(output if output.requires_grad else output.detach().requires_grad_())
         return kept[0].clone()
@@ -163,7 +167,7 @@ def forward_pass(
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
         with torch.enable_grad():
             return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
-    return ForwardPass(logits=logits, layer_output=kept[0])
+    return ForwardPass(logits, kept[0], channels_last)
 
 
 @contextmanager
@@ -286,11 +290,28 @@ def find_head(model: nn.Module, name: str | None, *, channels: int, classes: int
     return next(iter(fits.values()))
 
 
+def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
+    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
+
+    It is when the last layer inside that has weights works on the last dimension, and its width is found there alone.
+    """
+    last = [module for module in layer.modules() if any(True for _ in module.parameters(recurse=False))][-1:]
+    width = next(
+        (
+            m.out_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]
+            for m in last
+            if isinstance(m, (nn.Linear, nn.LayerNorm))
+        ),
+        None,
+    )
+    return output.ndim == 4 and output.shape[3] == width != output.shape[1]
+
+
 def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
     """Name the last layer that puts out a map: the usual choice for Grad-CAM.
 
-    The model runs once on x, in evaluation mode and without gradients. Pooling, dropout and other layers without
-    weights inside do not count.
+    The model runs once on x, in evaluation mode and without gradients. Layers without weights, such as pooling and
+    dropout, do not count, nor does a convolution that serves as the head.
 
     Args:
         model: any image classifier.
@@ -300,7 +321,8 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
         The dotted name, for ``CGCRegularizer(target_layer)``.
 
     Raises:
-        ValueError: no layer puts out a map (n, c, h, w) with more than one pixel.
+        ValueError: no layer puts out a map (n, c, h, w) with more than one pixel, or the model is a transformer, whose
+            layers need a ``reshape_transform``.
 
     Example:
         >>> suggest_target_layer(torchvision.models.resnet18(), torch.zeros(1, 3, 224, 224))
@@ -308,25 +330,44 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
     """
     check_images("x", x)
     model = unwrap(model)
-    found: list[str] = []
+    maps: list[tuple[str, nn.Module, Tensor]] = []
+    tokens: list[str] = []
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name and any(True for _ in module.parameters()):
 
                 def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                     if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-                        found.append(name)
+                        maps.append((name, module, output))
+                    elif isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] > 1:
+                        tokens.append(name)
 
                 stack.callback(module.register_forward_hook(keep).remove)
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_autocast_cache())
         stack.enter_context(_uncompiled(model))
-        model(x)
-    if not found:
+        output = model(x)
+    classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+    while len(maps) > 1 and isinstance(maps[-1][1], nn.Conv2d) and maps[-1][2].shape[1] == classes:
+        maps.pop()
+    got = f"{type(model).__name__} for {describe(x)}"
+    if len(tokens) > len(maps):
         raise ValueError(
-            f"`model` must have a layer that puts out a map (n, c, h, w) with h * w > 1; got none in "
-            f"{type(model).__name__} for "
-            f"{describe(x)}. Pass larger images, or name a layer and a `reshape_transform`."
+            f"`model` must have layers that put out maps (n, c, h, w); got tokens (n, t, c) from {tokens[-1]!r} in "
+            f"{got}. "
+            "Name a layer, and pass `reshape_transform=TokensToMaps((h, w))`."
         )
-    return found[-1]
+    if not maps:
+        raise ValueError(
+            f"`model` must have a layer that puts out a map (n, c, h, w) with h * w > 1; got none in {got}. "
+            "Pass larger images, or name a layer and a `reshape_transform`."
+        )
+    name, layer, last = maps[-1]
+    if is_channels_last(layer, last):
+        raise ValueError(
+            f"`model` must have layers that put out maps (n, c, h, w); got channels last, {describe(last)}, from "
+            f"{name!r} in "
+            f"{got}. Name a layer, and pass `reshape_transform=channels_last_to_maps`."
+        )
+    return name

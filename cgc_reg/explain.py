@@ -47,6 +47,12 @@ def heatmaps_of(
         reshape_transform: layer output -> (n, c, h, w); applied to the gradient too.
         create_graph: whether the heatmaps are to be trained on.
     """
+    if forward.channels_last and reshape_transform is None:
+        raise ValueError(
+            f"`target_layer` must put out maps of shape (n, c, h, w); got channels last, "
+            f"{describe(forward.layer_output)}. "
+            "Pass `reshape_transform=channels_last_to_maps`."
+        )
     activation = at_least_float32(_as_maps(forward.layer_output, reshape_transform))
     if heatmap == "class_activation":
         classes = forward.logits.shape[1]
@@ -77,11 +83,8 @@ def _as_maps(layer_output: Tensor, reshape_transform: Callable[[Tensor], Tensor]
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         whose = "`target_layer` must put out" if reshape_transform is None else "`reshape_transform` must return"
         raise ValueError(
-            f"{whose} maps of shape (n, c, h, w); got {describe(maps)}. For tokens (n, t, c) pass a "
-            "`reshape_transform` that "
-            "drops the class token and folds the rest, such as `lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (h, "
-            "w))`; for "
-            "channels last, `lambda t: t.permute(0, 3, 1, 2)`."
+            f"{whose} maps of shape (n, c, h, w); got {describe(maps)}. For tokens (n, t, c) pass "
+            "`reshape_transform=TokensToMaps((h, w))`, for channels last `reshape_transform=channels_last_to_maps`."
         )
     return maps
 

@@ -13,7 +13,8 @@ ROWS = {
     "similarity of T(g(x)) and g(T(x))": "val_similarity",
     "margin over other images": "val_margin",
     "content heatmap": "val_content_heatmap",
-    "share of blank heatmaps": "val_blank_share",
+    "heatmaps mostly off the object": "val_mostly_off_object",
+    "blank heatmaps": "val_blank_share",
     "seconds per epoch": "seconds",
 }
 

@@ -243,6 +243,7 @@ def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]
             if mask:
                 on_object = content_heatmap(explain(model, x, reg.target_layer), mask[0].to(args.device))
                 total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean())
+                total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
     return {f"val_{name}": value for name, value in total.averages().items()}
 
 
@@ -404,6 +405,7 @@ def print_table(runs: dict[str, Run]) -> None:
         "similarity of T(g(x)) and g(T(x))": "val_similarity",
         "margin over other images": "val_margin",
         "content heatmap": "val_content_heatmap",
+        "heatmaps mostly off the object": "val_mostly_off_object",
         "seconds per epoch": "seconds",
     }
     print("\n| validation, last epoch | " + " | ".join(runs) + " |")

@@ -555,7 +555,7 @@ def test_tokens_are_folded_to_maps(heatmap):
 
 
 def test_tokens_without_reshape_transform_are_refused():
-    with pytest.raises(ValueError, match=r"`target_layer` must put out maps.*`reshape_transform`"):
+    with pytest.raises(ValueError, match=r"`target_layer` must put out maps.*`reshape_transform=TokensToMaps"):
         regularizer("tokens")(TokenNet(relu_net()), X)
 
 
