@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -142,13 +143,15 @@ def forward_pass(
             )
         nonlocal channels_last
         channels_last = is_channels_last(module, output)
+        # From here upward the pass is differentiated twice in training, which fused attention cannot be.
+        from_the_layer_up.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.set_grad_enabled(True)
         kept.append(output if output.requires_grad else output.detach().requires_grad_())
         return kept[0].clone()
 
     grad_enabled = torch.is_grad_enabled()
     cache = nullcontext() if grad_enabled else without_autocast_cache()
-    with cache, batch_norm_mode(model, bn_mode), _uncompiled(model):
+    with ExitStack() as from_the_layer_up, cache, batch_norm_mode(model, bn_mode), _uncompiled(model):
         handle = find_layer(unwrap(model), target_layer).register_forward_hook(keep)
         try:
             output = model(x)

@@ -32,6 +32,7 @@ from cgc_reg.capture import (
     without_compilation,
 )
 from cgc_reg.explain import HEATMAPS, heatmaps_of
+from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
 from cgc_reg.losses import Negatives, Reduction, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
@@ -174,6 +175,7 @@ class CGCRegularizer(nn.Module):
         self.generator = generator
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
+        self._looked_for_mixing = False
 
     @classmethod
     def official(
@@ -237,7 +239,7 @@ class CGCRegularizer(nn.Module):
         model = without_compilation(model, stacklevel=4)
         # The pass over x goes through DistributedDataParallel, which arms its synchronisation of gradients.
         with outside_inference_mode(), without_broadcast(model):
-            return self._step(model, x, target, None, None, bn_mode=self.bn_mode).loss
+            return self._step(model, x, target, None, None, bn_mode=self.bn_mode, stacklevel=4).loss
 
     def compute(
         self,
@@ -267,7 +269,8 @@ class CGCRegularizer(nn.Module):
             >>> loss = F.cross_entropy(out.logits, y) + 0.5 * out.loss
         """
         with outside_inference_mode():
-            return self._step(without_compilation(model, stacklevel=2), x, target, view, transform, bn_mode="update")
+            model = without_compilation(model, stacklevel=2)
+            return self._step(model, x, target, view, transform, bn_mode="update", stacklevel=2)
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
@@ -286,15 +289,17 @@ class CGCRegularizer(nn.Module):
         transform: SpatialTransform | None,
         *,
         bn_mode: BatchNormMode,
+        stacklevel: int,
     ) -> CGCOutput:
         x, target, view = (ordinary(tensor) for tensor in (x, target, view))
         _check_inputs(x, target, view, transform)
         layer = self._layer(model, x)
 
         image_pass = forward_pass(model, x, layer, output_fn=self.output_fn, bn_mode=bn_mode)
-        if target is None:
-            target = image_pass.logits.detach().argmax(dim=1)
-        target = target.long()
+        if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
+            warn_if_images_mix(image_pass.logits, image_pass.layer_output, stacklevel=stacklevel + 1)
+            self._looked_for_mixing = True
+        target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
         heatmap = self._heatmaps(model, image_pass, target)
 
         if transform is None:
@@ -311,7 +316,8 @@ class CGCRegularizer(nn.Module):
 
         logits, view_logits = image_pass.logits, view_pass.logits
         if torch.is_grad_enabled():
-            _check_graph(unwrap(model), query, key)
+            check_trainable(query, image_pass.layer_output, unwrap(model))
+            check_trainable(key, view_pass.layer_output, unwrap(model))
         else:
             loss, logits, view_logits, query, key = (t.detach() for t in (loss, logits, view_logits, query, key))
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
@@ -390,16 +396,3 @@ def _check_inputs(x: Tensor, target: Tensor | None, view: Tensor | None, transfo
             raise ValueError(
                 f"`transform` must hold one map for each of the {len(x)} images in `x`; got {len(transform)}."
             )
-
-
-def _check_graph(model: nn.Module, query: Tensor, key: Tensor) -> None:
-    """Refuse heatmaps that would train nothing, where there is something to train."""
-    if query.requires_grad and key.requires_grad:
-        return
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        raise RuntimeError(
-            "The heatmaps must depend on the model's parameters through autograd; got heatmaps without a graph, which "
-            "train nothing. Remove `detach` or `no_grad` from the model, `heatmap` or `reshape_transform`; to only "
-            "measure "
-            "the loss, call the regularizer under `torch.no_grad()`."
-        )

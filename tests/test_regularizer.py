@@ -680,7 +680,7 @@ def test_frozen_model_has_a_loss_all_the_same():
 def test_heatmap_without_a_graph_is_refused_in_training(options):
     model = relu_net()
     model.head.requires_grad_("reshape_transform" not in options)
-    with pytest.raises(RuntimeError, match=r"depend on the model's parameters.*`torch.no_grad\(\)`"):
+    with pytest.raises(RuntimeError, match=r"depend on the model's trainable parameters.*`torch.no_grad\(\)`"):
         regularizer(**options)(model, X)
 
 

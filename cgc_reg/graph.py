@@ -1,0 +1,65 @@
+"""Questions about an autograd graph that nothing else answers: what a heatmap would train, and what mixes images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) -> None:
+    """Refuse heatmaps that would train nothing, where the model has something to train.
+
+    Args:
+        heatmaps: (n, h, w), as they go into the loss.
+        layer_output: what they were made of; a leaf where nothing below the layer is trained.
+        model: whose parameters are to be trained.
+    """
+    if heatmaps.requires_grad and (not layer_output.is_leaf or _reaches_another_leaf(heatmaps, layer_output)):
+        return
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise RuntimeError(
+            "The heatmaps must depend on the model's trainable parameters through autograd; got heatmaps that train "
+            "nothing. Remove `detach` or `no_grad` from the model, `heatmap` or `reshape_transform`, or unfreeze a "
+            "layer "
+            "that the heatmaps depend on (a bias behind the target layer is none); to only measure the loss, call the "
+            "regularizer under `torch.no_grad()`."
+        )
+
+
+def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> None:
+    """Warn of a BatchNorm in training between the layer and the logits.
+
+    Args:
+        logits, layer_output: of one pass, with its graph.
+        stacklevel: of the warning, as :func:`warnings.warn` counts for the caller.
+    """
+    for node in _nodes(logits, until=layer_output):
+        if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
+            warnings.warn(
+                "A BatchNorm behind `target_layer` normalises with the batch's statistics, so that the score of an "
+                "image "
+                "depends on the other images, and its heatmap too. Name a layer behind that BatchNorm, or put it into "
+                "evaluation mode with `.eval()`.",
+                stacklevel=stacklevel + 1,
+            )
+            return
+
+
+def _reaches_another_leaf(tensor: Tensor, leaf: Tensor) -> bool:
+    leaves = (getattr(node, "variable", None) for node in _nodes(tensor))
+    return any(variable is not None and variable is not leaf for variable in leaves)
+
+
+def _nodes(tensor: Tensor, until: Tensor | None = None) -> Iterator[Any]:
+    """Go through the nodes that a tensor was computed by, down to another tensor's."""
+    seen = {until.grad_fn} if until is not None else set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node

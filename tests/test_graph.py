@@ -1,0 +1,74 @@
+"""Heatmaps that would train nothing are refused, and images that mix are pointed out."""
+
+import warnings
+
+import pytest
+import torch
+from networks import GapNet, relu_net
+from strategies import generator
+from torch import nn
+
+from cgc_reg import CGCRegularizer
+
+X = torch.randn(4, 3, 16, 16, generator=generator(0))
+
+
+def regularizer(layer="features", **options):
+    return CGCRegularizer(layer, generator=generator(1), **options)
+
+
+def freeze_all_but(model, *names):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return model
+
+
+def mixing_net(norm=nn.BatchNorm2d):
+    """A net with a norm behind its target layer `features.0`."""
+    return GapNet(nn.Conv2d(3, 6, 3, stride=2), norm(6), nn.ReLU(), head=nn.Linear(6, 5))
+
+
+@pytest.mark.parametrize("heatmap", ["grad_cam", "class_activation"])
+def test_bias_alone_trains_no_heatmap(heatmap):
+    # dy/dA of a linear head is its weight: the bias is no part of it.
+    model = freeze_all_but(relu_net(), "head.bias")
+    with pytest.raises(RuntimeError, match="train nothing"):
+        regularizer(heatmap=heatmap)(model, X)
+
+
+@pytest.mark.parametrize("heatmap", ["grad_cam", "class_activation"])
+@pytest.mark.parametrize("name", ["head.weight", "features.0.weight", "features.0.bias"])
+def test_one_trainable_parameter_is_enough(name, heatmap):
+    model = freeze_all_but(relu_net(), name)
+    regularizer(heatmap=heatmap)(model, X).backward()
+    assert dict(model.named_parameters())[name].grad.count_nonzero() > 0
+
+
+def test_bias_alone_is_measured_without_gradients():
+    with torch.no_grad():
+        assert regularizer()(freeze_all_but(relu_net(), "head.bias"), X).isfinite()
+
+
+@pytest.mark.parametrize("run", [lambda reg, model: reg(model, X), lambda reg, model: reg.compute(model, X)])
+def test_norm_behind_the_layer_is_pointed_out_once(run):
+    model, reg = mixing_net(), regularizer("features.0")
+    with pytest.warns(UserWarning, match="BatchNorm behind `target_layer`") as caught:
+        run(reg, model)
+    assert [warning.filename for warning in caught] == [__file__]
+    run(reg, model)  # a second warning would be an error
+
+
+def test_only_what_mixes_images_is_pointed_out():
+    evaluated = mixing_net()
+    evaluated.features[1].eval()
+    cases = [
+        (mixing_net().eval(), "features.0"),
+        (evaluated, "features.0"),
+        (mixing_net(lambda channels: nn.GroupNorm(2, channels)), "features.0"),
+        (mixing_net(), "features"),  # the norm is in the layer, not behind it
+        (relu_net(nn.BatchNorm2d), "features"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model, layer in cases:
+            regularizer(layer)(model, X)

@@ -1,0 +1,48 @@
+"""A step never looks at a value and never makes a tensor on the CPU, so a GPU never waits for it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cgc_reg import CGCRegularizer, RandomAffine, RandomResizedCropFlip
+from cgc_reg.explain import HEATMAPS
+
+
+class NoCPUTensor(TorchDispatchMode):
+    """Fail on any operation that puts out a tensor on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
+        assert not made, f"{func} made a tensor on the CPU"
+        return result
+
+
+# On the meta device tensors have no values: any operation that depends on one raises.
+@pytest.mark.parametrize("transform", [RandomResizedCropFlip(), RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5)])
+@pytest.mark.parametrize("options", [{"heatmap": h} for h in HEATMAPS] + [{"loss": "mse_consistency"}], ids=str)
+def test_step_runs_without_values(options, transform):
+    with torch.device("meta"):
+        model = torchvision.models.resnet18(num_classes=10)
+        x, y = torch.empty(4, 3, 64, 64), torch.empty(4, dtype=torch.long)
+    with NoCPUTensor():
+        out = CGCRegularizer("layer4", transform=transform, **options).compute(model, x)
+        (F.cross_entropy(out.logits, y) + out.loss).backward()
+    assert model.conv1.weight.grad.device.type == "meta"
+    assert {value.device.type for value in out.scalars.values()} == {"meta"}
+
+
+def test_plain_call_and_preset_run_without_values():
+    with torch.device("meta"):
+        model, x = torchvision.models.resnet18(num_classes=10), torch.empty(4, 3, 224, 224)
+    with NoCPUTensor():
+        CGCRegularizer("layer4", view_size=(160, 160))(model, x).backward()
+        CGCRegularizer.official("layer4")(model, x).backward()
+
+
+def test_the_mode_would_notice():
+    with pytest.raises(AssertionError, match="on the CPU"), NoCPUTensor():
+        torch.zeros(1)
