@@ -145,7 +145,9 @@ def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create
         if not score.requires_grad:
             return None
         (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, allow_unused=True)
-        return None if gradient is None else at_least_float32(gradient) / scale
+        if gradient is None:
+            return None
+        return at_least_float32(gradient) if scale == 1 else at_least_float32(gradient) / scale
 
 
 RULES: dict[str, HeatmapRule] = {

@@ -64,12 +64,7 @@ def info_nce(
     with without_autocast(query):
         q, k = unit_maps(query), unit_maps(key)
         keys, offset = _gather(k) if gather_distributed else (k, 0)
-        if len(keys) < 2:
-            raise ValueError(
-                "`query` must hold at least two heatmaps, so that each has a negative; got a batch of one. Use a "
-                "larger "
-                "batch (in a DataLoader, `drop_last=True`), or `mse_consistency`, which has no negatives."
-            )
+        check_negatives(len(keys))
         positive = (q * k).sum(dim=1)
         anchor = q if negatives == "keys" else k
         similarity = (anchor @ keys.T).diagonal_scatter(positive, offset)
@@ -108,6 +103,16 @@ def mse_consistency(query: Tensor, key: Tensor, *, reduction: Reduction = "mean"
     check_choice("reduction", reduction, get_args(Reduction))
     with without_autocast(query):
         return reduce((unit_maps(query) - unit_maps(key)).square().sum(dim=1), reduction)
+
+
+def check_negatives(keys: int) -> None:
+    """Refuse a contrast among too few keys."""
+    if keys < 2:
+        raise ValueError(
+            "`info_nce` must contrast at least two heatmaps, so that each has a negative; got a batch of one. Use a "
+            "larger "
+            "batch (in a DataLoader, `drop_last=True`), or `mse_consistency`, which has no negatives."
+        )
 
 
 def reduce(loss: Tensor, reduction: Reduction) -> Tensor:

@@ -34,7 +34,7 @@ from cgc_reg.capture import (
 from cgc_reg.explain import HEATMAPS, heatmaps_of
 from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
-from cgc_reg.losses import Negatives, Reduction, info_nce, mse_consistency, reduce
+from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
@@ -160,6 +160,12 @@ class CGCRegularizer(nn.Module):
         check_choice("negatives", negatives, get_args(Negatives))
         check_choice("bn_mode", bn_mode, get_args(BatchNormMode))
         check_choice("reduction", reduction, get_args(Reduction))
+        if gather_distributed and loss != "info_nce":
+            raise ValueError(
+                f"`gather_distributed` must be False unless `loss` is 'info_nce'; got True with "
+                f"loss={describe(loss)}, which "
+                "has no negatives to gather."
+            )
         self.target_layer = target_layer
         self.transform = transform
         self.heatmap = heatmap
@@ -293,6 +299,8 @@ class CGCRegularizer(nn.Module):
     ) -> CGCOutput:
         x, target, view = (ordinary(tensor) for tensor in (x, target, view))
         _check_inputs(x, target, view, transform)
+        if self.loss == "info_nce" and not self.gather_distributed:
+            check_negatives(len(x))  # before the model runs and updates its statistics
         layer = self._layer(model, x)
 
         image_pass = forward_pass(model, x, layer, output_fn=self.output_fn, bn_mode=bn_mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"error: there is no checkpoint {path}.") from None
-    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise SystemExit(f"error: {path} is not a checkpoint of this script ({type(error).__name__}).") from None
     if not isinstance(content, dict) or not {"model", "arch", "classes"} <= content.keys():
         raise SystemExit(f"error: {path} is not a checkpoint of this script.")

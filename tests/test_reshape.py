@@ -1,4 +1,4 @@
-"""Transformers: their layers' outputs become maps through `reshape_transform`, and are not taken for maps without one."""
+"""Transformers: their outputs become maps by `reshape_transform`, and are not taken for maps without."""
 
 import pytest
 import torch
