@@ -864,6 +864,20 @@ def test_bad_inputs_are_refused(arguments, error, message):
             regularizer()(**given)
 
 
+def test_batch_of_one_is_refused_before_the_model_runs():
+    model = relu_net(nn.BatchNorm2d)
+    before = buffers_of(model)
+    with pytest.raises(ValueError, match="batch of one"):
+        regularizer().compute(model, X[:1])
+    assert_same(buffers_of(model), before)
+
+
+@pytest.mark.parametrize("loss", ["mse_consistency", lambda query, key: (query - key).square().mean()])
+def test_gathering_without_negatives_is_refused(loss):
+    with pytest.raises(ValueError, match="`gather_distributed` must be False unless `loss` is 'info_nce'"):
+        CGCRegularizer("features", loss=loss, gather_distributed=True)
+
+
 def test_batch_of_one_will_do_without_negatives():
     assert regularizer(loss="mse_consistency")(relu_net(), X[:1]).isfinite()
 
