@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path, *, device: str = "cpu") -> dict[str, Any]:
     """Read a checkpoint, or say in one sentence why that fails."""
+    if not path.exists():
+        raise SystemExit(f"error: there is no checkpoint {path}.")
+    # torch.save writes a zip archive; of other files torch.load says all kinds of things.
+    if not zipfile.is_zipfile(path):
+        raise SystemExit(f"error: {path} is not a checkpoint of this script.")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"error: there is no checkpoint {path}.") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"error: {path} is not a checkpoint of this script ({type(error).__name__}).") from None
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"error: {path} cannot be read as a checkpoint ({type(error).__name__}).") from None
     if not isinstance(content, dict) or not {"model", "arch", "classes"} <= content.keys():
         raise SystemExit(f"error: {path} is not a checkpoint of this script.")
     return content

@@ -260,9 +260,12 @@ def test_visualize_refuses_bad_input(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     not_a_checkpoint = tmp_path / "text.pt"
     not_a_checkpoint.write_text("text")
+    cut_off = tmp_path / "cut.pt"
+    cut_off.write_bytes(Path(good).read_bytes()[:-1000])
     cases = {
+        "cut.pt is not a checkpoint": [str(cut_off), str(folder)],
         "there is no checkpoint": [str(tmp_path / "none.pt"), str(folder)],
-        "is not a checkpoint": [str(not_a_checkpoint), str(folder)],
+        "text.pt is not a checkpoint": [str(not_a_checkpoint), str(folder)],
         "there is no file or folder": [good, str(tmp_path / "none")],
         "no images found": [good, str(tmp_path / "empty")],
         "must be the dotted name": [good, str(folder), "--layer", "layer9"],
