@@ -109,9 +109,9 @@ def check_negatives(keys: int) -> None:
     """Refuse a contrast among too few keys."""
     if keys < 2:
         raise ValueError(
-            "`info_nce` must contrast at least two heatmaps, so that each has a negative; got a batch of one. Use a "
-            "larger "
-            "batch (in a DataLoader, `drop_last=True`), or `mse_consistency`, which has no negatives."
+            "`info_nce` must contrast at least two heatmaps, so that each has a negative; got "
+            f"{'a batch of one' if keys == 1 else 'an empty batch'}. Use a larger batch (in a DataLoader, "
+            "`drop_last=True`), or `mse_consistency`, which has no negatives."
         )
 
 

@@ -166,6 +166,11 @@ class CGCRegularizer(nn.Module):
                 f"loss={describe(loss)}, which "
                 "has no negatives to gather."
             )
+        if head is not None and heatmap != "class_activation":
+            raise ValueError(
+                f"`head` must be None unless `heatmap` is 'class_activation', which alone reads it; got {head!r} with "
+                f"heatmap={describe(heatmap)}."
+            )
         self.target_layer = target_layer
         self.transform = transform
         self.heatmap = heatmap
@@ -308,14 +313,14 @@ class CGCRegularizer(nn.Module):
             warn_if_images_mix(image_pass.logits, image_pass.layer_output, stacklevel=stacklevel + 1)
             self._looked_for_mixing = True
         target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
-        heatmap = self._heatmaps(model, image_pass, target)
+        heatmap = self._heatmaps(model, x, image_pass, target)
 
         if transform is None:
             transform = self._draw(x)
         if view is None:
             view = transform(x, self.view_size)
         view_pass = forward_pass(unwrap(model), view, layer, output_fn=self.output_fn, bn_mode=self.bn_mode)
-        key = self._heatmaps(model, view_pass, target)
+        key = self._heatmaps(model, view, view_pass, target)
 
         query = transform(heatmap, (key.shape[1], key.shape[2]))
         coverage = transform.coverage((key.shape[1], key.shape[2]))
@@ -345,7 +350,7 @@ class CGCRegularizer(nn.Module):
             )
         return transform
 
-    def _heatmaps(self, model: nn.Module, forward: ForwardPass, target: Tensor) -> Tensor:
+    def _heatmaps(self, model: nn.Module, images: Tensor, forward: ForwardPass, target: Tensor) -> Tensor:
         heatmaps = heatmaps_of(
             forward,
             target,
@@ -355,6 +360,14 @@ class CGCRegularizer(nn.Module):
             reshape_transform=self.reshape_transform,
             create_graph=torch.is_grad_enabled(),
         )
+        if heatmaps.shape[1] * heatmaps.shape[2] < 2:
+            raise ValueError(
+                "`target_layer` must give heatmaps of more than one pixel, since a single one has no place to "
+                "compare; got "
+                f"{describe(heatmaps)} from images of {tuple(images.shape[-2:])}. Name an earlier layer, or pass "
+                "larger "
+                "images."
+            )
         if self.heatmap_size is None:
             return heatmaps
         return F.interpolate(heatmaps[:, None], self.heatmap_size, mode="bilinear", align_corners=False)[:, 0]

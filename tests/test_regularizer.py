@@ -872,6 +872,18 @@ def test_batch_of_one_is_refused_before_the_model_runs():
     assert_same(buffers_of(model), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"heatmap_size": (7, 7)}], ids=str)
+def test_heatmap_of_one_pixel_is_refused(options):
+    # Its cosine with any other is 1 or 0: it would train nothing and say nothing.
+    with pytest.raises(ValueError, match=r"more than one pixel.*\(4, 1, 1\).*\(4, 4\). Name an earlier layer"):
+        regularizer(**options)(relu_net(), X[:, :, :4, :4])
+
+
+def test_head_without_the_rule_that_reads_it_is_refused():
+    with pytest.raises(ValueError, match="`head` must be None unless `heatmap` is 'class_activation'"):
+        CGCRegularizer("features", head="head")
+
+
 @pytest.mark.parametrize("loss", ["mse_consistency", lambda query, key: (query - key).square().mean()])
 def test_gathering_without_negatives_is_refused(loss):
     with pytest.raises(ValueError, match="`gather_distributed` must be False unless `loss` is 'info_nce'"):
