@@ -3,14 +3,15 @@
     python examples/benchmark.py                      # ResNet-18, 224 x 224, batch 32
     python examples/benchmark.py --batch-size 8 --image-size 96 --repeats 3
 
-The rows of a round run one after the other in one process, and a ratio is the median over rounds of a row's time to
-that of the first row in the same round. Peak memory is the median over processes of their own for each row.
+The rows of a round run one after the other in one process, every other round in reverse, and a ratio is the median
+over rounds of a row's time to that of the first row in the same round. Peak memory is that of a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import resource
@@ -71,10 +72,10 @@ def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
     steps = make_steps(args)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(args.warmup + args.repeats):
-        for name, step in steps.items():
+        for name in list(steps)[:: -1 if turn % 2 else 1]:
             synchronize(args.device)
             began = time.perf_counter()
-            step()
+            steps[name]()
             synchronize(args.device)
             if turn >= args.warmup:
                 seconds[name].append(time.perf_counter() - began)
@@ -110,15 +111,16 @@ def peak_memory() -> float:
 def table(seconds: dict[str, list[float]], memory: list[float]) -> str:
     """Lay out the rows; ratios are to the first one."""
     rows = [
-        "| step | seconds | time ratio | lowest, highest | peak memory, MiB | memory ratio |",
+        "| step | seconds | time ratio | middle half | peak memory, MiB | memory ratio |",
         "|---|---|---|---|---|---|",
     ]
     reference = next(iter(seconds.values()))
     for (name, own), peak in zip(seconds.items(), memory, strict=True):
-        ratios = sorted(a / b for a, b in zip(own, reference, strict=True))
+        ratios = [a / b for a, b in zip(own, reference, strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
         rows.append(
-            f"| {name} | {statistics.median(own):.3f} | {statistics.median(ratios):.3f} "
-            f"| {ratios[0]:.3f}, {ratios[-1]:.3f} | {peak:.0f} | {peak / memory[0]:.3f} |"
+            f"| {name} | {statistics.median(own):.3f} | {median:.3f} | {low:.3f} to {high:.3f} "
+            f"| {peak:.0f} | {peak / memory[0]:.3f} |"
         )
     return "\n".join(rows)
 
@@ -131,9 +133,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument(
-        "--memory-repeats", type=int, default=3, help="processes whose median peak counts, for each row"
-    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of-row", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -147,11 +146,9 @@ def main() -> None:
         return
     seconds = measure_times(args)
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of-row"]
-    # The allocator makes peaks differ by a few percent from process to process.
-    memory = [
-        statistics.median(float(subprocess.check_output([*command, str(row)])) for _ in range(args.memory_repeats))
-        for row in range(len(seconds))
-    ]
+    # With glibc's default, freed tensors stay in the heap now and then, and peaks differ by some percent between runs.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    memory = [float(subprocess.check_output([*command, str(row)], env=environment)) for row in range(len(seconds))]
     gpu = torch.device(args.device).type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     setting = f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}"
