@@ -88,8 +88,8 @@ def check_images(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be images of shape (n, c, h, w); got {describe(value)}.{repair}")
     if not value.is_floating_point():
         raise TypeError(
-            f"`{name}` must hold floating-point images; got {describe(value)}. "
-            "Convert and normalise them as for the model, for example `x.float() / 255`."
+            f"`{name}` must hold floating-point images; got {describe(value)}. Convert and normalise them as for the "
+            "model, for example `x.float() / 255`."
         )
 
 
@@ -124,6 +124,6 @@ def check_activation(activation: Any, gradient: Any) -> None:
             raise TypeError(f"`{name}` must be a tensor (n, c, h, w); got {describe(value)}.")
     if activation.ndim != 4 or activation.shape != gradient.shape:
         raise ValueError(
-            "`activation` and `gradient` must have one shape (n, c, h, w); "
-            f"got {describe(activation)} and {describe(gradient)}."
+            f"`activation` and `gradient` must have one shape (n, c, h, w); got {describe(activation)} and "
+            f"{describe(gradient)}."
         )

@@ -1,24 +1,21 @@
-"""Everything that touches a user's model: find a layer, run a pass that keeps its output, leave all as it was."""
+"""Run a user's model once, and keep what a layer of it puts out."""
 
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from cgc_reg._checks import check_images, describe
+from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
-
-BatchNormMode = Literal["preserve", "update", "eval"]
+from cgc_reg.modes import BatchNormMode, extra_pass, uncompiled, unwrap
+from cgc_reg.reshape import is_channels_last
 
 
 @dataclass(frozen=True)
@@ -30,65 +27,6 @@ class ForwardPass:
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module; got {describe(model)}.")
-    inner: nn.Module = model
-    while True:
-        if isinstance(inner, (DistributedDataParallel, DataParallel)):
-            inner = cast(nn.Module, inner.module)
-        elif _is_compiled(inner):
-            inner = cast(nn.Module, inner._orig_mod)
-        else:
-            return inner
-
-
-def without_compilation(model: nn.Module, *, stacklevel: int) -> nn.Module:
-    """Return the module to run in place of a compiled one; DistributedDataParallel stays around it.
-
-    Args:
-        model: wrapped or not.
-        stacklevel: of the warning that a compiled model gets, as :func:`warnings.warn` counts for the caller.
-    """
-    inner = unwrap(model)
-    if any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules()):
-        warnings.warn(
-            "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook that "
-            "was added after its first call. CGC's passes run through the original, uncompiled module: they give the "
-            "same numbers at the speed of eager mode.",
-            stacklevel=stacklevel + 1,
-        )
-    while model is not inner and not isinstance(model, DistributedDataParallel):
-        model = cast(nn.Module, model._orig_mod if _is_compiled(model) else model.module)
-    return model
-
-
-@contextmanager
-def without_broadcast(model: nn.Module) -> Iterator[None]:
-    """Keep an extra pass through DistributedDataParallel from broadcasting buffers, which would overwrite them."""
-    with _attribute(model, "broadcast_buffers", False) if isinstance(model, DistributedDataParallel) else nullcontext():
-        yield
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled inside the model, by `torch.compile(module)` or `module.compile()`, as it was written."""
-    with ExitStack() as stack:
-        for module in list(model.modules()):
-            if module._compiled_call_impl is not None:
-                stack.enter_context(_attribute(module, "_compiled_call_impl", None))
-            for name, child in module.named_children():
-                if _is_compiled(child) and not _is_compiled(module):
-                    stack.enter_context(_attribute(module, name, child._orig_mod))
-        yield
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    # By the name of its submodule: importing OptimizedModule would load the compiler, which takes seconds.
-    return "_orig_mod" in model._modules
-
-
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the submodule of an unwrapped model by its dotted name."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -98,8 +36,8 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
         return modules[name]
     close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [top for top, _ in model.named_children()]
     raise ValueError(
-        f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}. "
-        f"Do you mean {' or '.join(repr(match) for match in close)}? All names: `dict(model.named_modules())`."
+        f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}. Do you mean "
+        f"{' or '.join(repr(match) for match in close)}? All names: `dict(model.named_modules())`."
     )
 
 
@@ -132,9 +70,8 @@ def forward_pass(
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
         if kept:
             raise RuntimeError(
-                f"`target_layer` must be a layer that the model calls once in a pass; got {target_layer!r}, which "
-                "it calls "
-                "again. Name a layer that encloses both calls, or one that follows them."
+                f"`target_layer` must be a layer that the model calls once in a pass; got {target_layer!r}, which it "
+                "calls again. Name a layer that encloses both calls, or one that follows them."
             )
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(
@@ -151,10 +88,10 @@ def forward_pass(
 
     grad_enabled = torch.is_grad_enabled()
     cache = nullcontext() if grad_enabled else without_autocast_cache()
-    with ExitStack() as from_the_layer_up, cache, batch_norm_mode(model, bn_mode), _uncompiled(model):
+    with ExitStack() as from_the_layer_up, cache, uncompiled(model), extra_pass(model, bn_mode) as running:
         handle = find_layer(unwrap(model), target_layer).register_forward_hook(keep)
         try:
-            output = model(x)
+            output = running(x)
             # Also here gradients are on: `output_fn` may compute something.
             logits = find_logits(output, output_fn, len(x))
         finally:
@@ -163,8 +100,7 @@ def forward_pass(
     if not kept:
         raise RuntimeError(
             f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not "
-            "call. "
-            "Name another, or let `suggest_target_layer(model, x)` do so."
+            "call. Name another, or let `suggest_target_layer(model, x)` do so."
         )
     if not grad_enabled and not logits.requires_grad:
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
@@ -173,70 +109,11 @@ def forward_pass(
     return ForwardPass(logits, kept[0], channels_last)
 
 
-@contextmanager
-def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[None]:
-    """Change what normalisation layers in training do to their running statistics, and change it back.
-
-    The statistics are kept by never being written: copying them back afterwards would be seen by autograd as a
-    change to what it saved.
-    """
-    with ExitStack() as stack:
-        for module in model.modules() if mode != "update" else ():
-            if not isinstance(module, _NormBase) or not module.training or not module.track_running_stats:
-                continue
-            if mode == "eval":
-                stack.enter_context(_attribute(module, "training", False))
-                # Autograd keeps these by reference, and a later pass may overwrite them before the backward.
-                for name in ("running_mean", "running_var"):
-                    stack.enter_context(_attribute(module, name, getattr(module, name).clone()))
-            elif isinstance(module, _BatchNorm):
-                stack.enter_context(_attribute(module, "track_running_stats", False))
-            else:  # InstanceNorm writes to whatever running statistics it holds.
-                stack.enter_context(_attribute(module, "running_mean", None))
-                stack.enter_context(_attribute(module, "running_var", None))
-        yield
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of the model into evaluation mode, and each back into its own."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.enter_context(_attribute(module, "training", False))
-        yield
-
-
-@contextmanager
-def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Leave ``torch.inference_mode`` for ``torch.no_grad``: its tensors cannot take part in any graph."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def ordinary(tensor: Any) -> Any:
-    """Return a copy of a tensor that was made in inference mode, and anything else as it is."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
-
-
 def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_size: int) -> Tensor:
     """Return the logits (n, k) in a model's output.
 
     Without ``output_fn`` these are the output itself, its ``logits`` (attribute or entry) or the first tensor of a
-    tuple
-    or list.
+    tuple or list.
     """
     logits: object = output
     if output_fn is not None:
@@ -251,8 +128,8 @@ def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_si
         source = "`output_fn` must return" if output_fn is not None else "The model's output must be, or hold,"
         got = describe(logits if isinstance(logits, Tensor) else output)
         raise ValueError(
-            f"{source} logits of shape ({batch_size}, classes); got {got}. "
-            "Pass `output_fn`, a function from the model's output to those logits."
+            f"{source} logits of shape ({batch_size}, classes); got {got}. Pass `output_fn`, a function from the "
+            "model's output to those logits."
         )
     return logits
 
@@ -278,99 +155,14 @@ def find_head(model: nn.Module, name: str | None, *, channels: int, classes: int
         if weight is None:
             raise ValueError(
                 f"`head` must be a linear layer from the {channels} channels of the target layer to the {classes} "
-                "classes; "
-                f"got {name!r}, {modules[name]}. Use the rule 'grad_cam', which works with any head."
+                f"classes; got {name!r}, {modules[name]}. Use the rule 'grad_cam', which works with any head."
             )
         return weight
     fits = {found: weight for found, module in modules.items() if (weight := weight_of(module)) is not None}
     if len(fits) != 1:
         raise ValueError(
-            f"`heatmap='class_activation'` must find one linear layer from {channels} channels to {classes} "
-            "classes; got "
-            f"{', '.join(map(repr, fits)) or 'none'}. Name it with `head`, or use the rule 'grad_cam', which works "
+            f"`heatmap='class_activation'` must find one linear layer from {channels} channels to {classes} classes; "
+            f"got {', '.join(map(repr, fits)) or 'none'}. Name it with `head`, or use the rule 'grad_cam', which works "
             "with any head."
         )
     return next(iter(fits.values()))
-
-
-def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
-    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
-
-    It is when the last layer inside that has weights works on the last dimension, and its width is found there alone.
-    """
-    last = [module for module in layer.modules() if any(True for _ in module.parameters(recurse=False))][-1:]
-    width = next(
-        (
-            m.out_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]
-            for m in last
-            if isinstance(m, (nn.Linear, nn.LayerNorm))
-        ),
-        None,
-    )
-    return output.ndim == 4 and output.shape[3] == width != output.shape[1]
-
-
-def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
-    """Name the last layer that puts out a map: the usual choice for Grad-CAM.
-
-    The model runs once on x, in evaluation mode and without gradients. Layers without weights, such as pooling and
-    dropout, do not count, nor does a convolution that serves as the head.
-
-    Args:
-        model: any image classifier.
-        x: images (n, c, h, w), as large as those to come: on smaller ones the last map may shrink to a point.
-
-    Returns:
-        The dotted name, for ``CGCRegularizer(target_layer)``.
-
-    Raises:
-        ValueError: no layer puts out a map (n, c, h, w) with more than one pixel, or the model is a transformer, whose
-            layers need a ``reshape_transform``.
-
-    Example:
-        >>> suggest_target_layer(torchvision.models.resnet18(), torch.zeros(1, 3, 224, 224))
-        'layer4'
-    """
-    check_images("x", x)
-    model = unwrap(model)
-    maps: list[tuple[str, nn.Module, Tensor]] = []
-    tokens: list[str] = []
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name and any(True for _ in module.parameters()):
-
-                def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-                        maps.append((name, module, output))
-                    elif isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] > 1:
-                        tokens.append(name)
-
-                stack.callback(module.register_forward_hook(keep).remove)
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(without_autocast_cache())
-        stack.enter_context(_uncompiled(model))
-        output = model(x)
-    classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
-    while len(maps) > 1 and isinstance(maps[-1][1], nn.Conv2d) and maps[-1][2].shape[1] == classes:
-        maps.pop()
-    got = f"{type(model).__name__} for {describe(x)}"
-    if len(tokens) > len(maps):
-        raise ValueError(
-            f"`model` must have layers that put out maps (n, c, h, w); got tokens (n, t, c) from {tokens[-1]!r} in "
-            f"{got}. "
-            "Name a layer, and pass `reshape_transform=TokensToMaps((h, w))`."
-        )
-    if not maps:
-        raise ValueError(
-            f"`model` must have a layer that puts out a map (n, c, h, w) with h * w > 1; got none in {got}. "
-            "Pass larger images, or name a layer and a `reshape_transform`."
-        )
-    name, layer, last = maps[-1]
-    if is_channels_last(layer, last):
-        raise ValueError(
-            f"`model` must have layers that put out maps (n, c, h, w); got channels last, {describe(last)}, from "
-            f"{name!r} in "
-            f"{got}. Name a layer, and pass `reshape_transform=channels_last_to_maps`."
-        )
-    return name

@@ -10,18 +10,11 @@ from torch import Tensor, nn
 
 from cgc_reg._checks import check_images, check_option, check_target, describe
 from cgc_reg._precision import at_least_float32, without_autocast
-from cgc_reg.capture import (
-    ForwardPass,
-    evaluation_mode,
-    find_head,
-    forward_pass,
-    ordinary,
-    outside_inference_mode,
-    suggest_target_layer,
-    unwrap,
-)
+from cgc_reg.capture import ForwardPass, find_head, forward_pass
 from cgc_reg.heatmaps import RULES, HeatmapRule, class_activation, score_gradient
 from cgc_reg.losses import unit_maps
+from cgc_reg.modes import evaluation_mode, ordinary, outside_inference_mode, unwrap
+from cgc_reg.suggest import suggest_target_layer
 
 HEATMAPS = [*RULES, "class_activation"]
 
@@ -49,9 +42,8 @@ def heatmaps_of(
     """
     if forward.channels_last and reshape_transform is None:
         raise ValueError(
-            f"`target_layer` must put out maps of shape (n, c, h, w); got channels last, "
-            f"{describe(forward.layer_output)}. "
-            "Pass `reshape_transform=channels_last_to_maps`."
+            "`target_layer` must put out maps of shape (n, c, h, w); got channels last, "
+            f"{describe(forward.layer_output)}. Pass `reshape_transform=channels_last_to_maps`."
         )
     activation = at_least_float32(_as_maps(forward.layer_output, reshape_transform))
     if heatmap == "class_activation":
@@ -62,9 +54,8 @@ def heatmaps_of(
         gradient = score_gradient(forward.logits, forward.layer_output, target, create_graph=create_graph)
         if gradient is None:
             raise RuntimeError(
-                "`target_layer` must lead to the logits; got a layer whose output they do not depend on. Name a "
-                "layer on "
-                "the path to them, or pass an `output_fn` that returns the logits it leads to."
+                "`target_layer` must lead to the logits; got a layer whose output they do not depend on. Name a layer "
+                "on the path to them, or pass an `output_fn` that returns the logits it leads to."
             )
         rule = RULES[heatmap] if isinstance(heatmap, str) else heatmap
         with without_autocast(activation):
@@ -186,9 +177,7 @@ def check_closed_form(
     if not distance <= tolerance:
         raise ValueError(
             f"`heatmap='class_activation'` must agree with autograd's Grad-CAM; got a distance of {distance:.2g} "
-            "between unit maps, "
-            f"above {tolerance:g}. Something besides average pooling stands between the layer and the head: use "
-            "'grad_cam', or "
-            "name the layer right before the pooling."
+            f"between unit maps, above {tolerance:g}. Something besides average pooling stands between the layer and "
+            "the head: use 'grad_cam', or name the layer right before the pooling."
         )
     return distance

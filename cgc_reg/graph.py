@@ -23,9 +23,8 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
         raise RuntimeError(
             "The heatmaps must depend on the model's trainable parameters through autograd; got heatmaps that train "
             "nothing. Remove `detach` or `no_grad` from the model, `heatmap` or `reshape_transform`, or unfreeze a "
-            "layer "
-            "that the heatmaps depend on (a bias behind the target layer is none); to only measure the loss, call the "
-            "regularizer under `torch.no_grad()`."
+            "layer that the heatmaps depend on (a bias behind the target layer is none); to only measure the loss, "
+            "call the regularizer under `torch.no_grad()`."
         )
 
 
@@ -40,9 +39,8 @@ def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int)
         if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
             warnings.warn(
                 "A BatchNorm behind `target_layer` normalises with the batch's statistics, so that the score of an "
-                "image "
-                "depends on the other images, and its heatmap too. Name a layer behind that BatchNorm, or put it into "
-                "evaluation mode with `.eval()`.",
+                "image depends on the other images, and its heatmap too. Name a layer behind that BatchNorm, or put "
+                "it into evaluation mode with `.eval()`.",
                 stacklevel=stacklevel + 1,
             )
             return

@@ -120,8 +120,8 @@ def class_activation(activation: Tensor, weight: Tensor, target: Tensor) -> Tens
     """
     if activation.ndim != 4 or weight.ndim != 2 or weight.shape[1] != activation.shape[1]:
         raise ValueError(
-            "`weight` must be (classes, c) for an activation (n, c, h, w); "
-            f"got {describe(weight)} and {describe(activation)}."
+            f"`weight` must be (classes, c) for an activation (n, c, h, w); got {describe(weight)} and "
+            f"{describe(activation)}."
         )
     return (weight[target][:, :, None, None] * activation).sum(dim=1).relu()
 

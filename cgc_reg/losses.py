@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cgc_reg._checks import check_choice, check_pair, check_positive
 from cgc_reg._precision import at_least_float32, without_autocast
+from cgc_reg.distributed import gather
 
 Negatives = Literal["keys", "official"]
 Reduction = Literal["mean", "sum", "none"]
@@ -40,15 +40,15 @@ def info_nce(
         gather_distributed: take negatives from every process of the default group too. Each process returns the
             mean over its own queries, and the keys' gradients are summed over processes, so that averaging
             gradients as DistributedDataParallel does gives those of the global batch. Local batches must be of
-            one size.
+            one size, which each call makes sure of.
 
     Returns:
-        A scalar, or (n,); float32 or wider. Between 0 and log n + 1 / tau for maps that are not negative, over n
-        keys in
-        all; log n when all maps are equal.
+        A scalar, or (n,); float32 or wider. Between 0 and log n + 1 / tau for maps that are not negative, over n keys
+        in all; log n when all maps are equal.
 
     Raises:
-        ValueError: the maps' shapes differ, an option is unknown, or there is only one image and so no negative.
+        ValueError: the maps' shapes differ, also between processes under ``gather_distributed``; an option is
+            unknown; or there is only one image and so no negative.
 
     Example:
         >>> info_nce(torch.ones(4, 7, 7), torch.ones(4, 7, 7))  # log 4
@@ -63,7 +63,7 @@ def info_nce(
     check_choice("reduction", reduction, get_args(Reduction))
     with without_autocast(query):
         q, k = unit_maps(query), unit_maps(key)
-        keys, offset = _gather(k) if gather_distributed else (k, 0)
+        keys, offset = gather(k) if gather_distributed else (k, 0)
         check_negatives(len(keys))
         positive = (q * k).sum(dim=1)
         anchor = q if negatives == "keys" else k
@@ -134,30 +134,3 @@ def unit_maps(maps: Tensor) -> Tensor:
     flat = flat / peak.masked_fill(blank, 1)
     # What is not blank has a norm of at least 1, so this touches blank maps alone.
     return flat / flat.square().sum(dim=1, keepdim=True).masked_fill(blank, 1).sqrt()
-
-
-def _gather(key: Tensor) -> tuple[Tensor, int]:
-    """Return the keys of every process, and the row of this process's first one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "`gather_distributed=True` must be used after `torch.distributed.init_process_group`; got no process "
-            "group. Start the process group first, or set `gather_distributed=False`."
-        )
-    return _AllGather.apply(key), dist.get_rank() * len(key)
-
-
-class _AllGather(torch.autograd.Function):
-    """Concatenate a tensor over processes; the backward sums the processes' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (gradient,) = gradients
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -23,9 +23,8 @@ def content_heatmap(heatmaps: Tensor, masks: Tensor) -> Tensor:
         masks: m, (n, H, W), bool or from 0 to 1: where the object is.
 
     Returns:
-        (n,), from 0 to 1; NaN for a blank heatmap, which has no energy to share. Average with ``nanmean`` and
-        report the
-        share of blank maps beside it.
+        (n,), from 0 to 1; NaN for a blank heatmap, which has no energy to share. Average with ``nanmean`` and report
+        the share of blank maps beside it.
 
     Example:
         >>> masks = torch.zeros(1, 4, 4)
@@ -56,9 +55,8 @@ def consistency(query: Tensor, key: Tensor) -> dict[str, Tensor]:
 
     Returns:
         Detached scalars on the maps' device: ``positive_similarity``, the mean of sim(q_i, k_i);
-        ``negative_similarity``, the mean of sim(q_i, k_j) over j != i (NaN for a batch of one); ``margin``, the
-        first less
-        the second; ``blank_share``, the share of blank maps among all 2n.
+        ``negative_similarity``, the mean of sim(q_i, k_j) over j != i (NaN for a batch of one); ``margin``, the first
+        less the second; ``blank_share``, the share of blank maps among all 2n.
 
     Example:
         >>> consistency(torch.ones(2, 7, 7), torch.ones(2, 7, 7))["positive_similarity"]

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cgc_reg._checks import (
     check_choice,
@@ -20,23 +21,23 @@ from cgc_reg._checks import (
     describe,
 )
 from cgc_reg._precision import without_autocast
-from cgc_reg.capture import (
-    BatchNormMode,
-    ForwardPass,
-    forward_pass,
-    ordinary,
-    outside_inference_mode,
-    suggest_target_layer,
-    unwrap,
-    without_broadcast,
-    without_compilation,
-)
+from cgc_reg.capture import ForwardPass, forward_pass
+from cgc_reg.distributed import reach_all_parameters
 from cgc_reg.explain import HEATMAPS, heatmaps_of
 from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
 from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
+from cgc_reg.modes import (
+    BatchNormMode,
+    ordinary,
+    outside_inference_mode,
+    unwrap,
+    without_broadcast,
+    without_compilation,
+)
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
+from cgc_reg.suggest import suggest_target_layer
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -119,8 +120,7 @@ class CGCRegularizer(nn.Module):
 
     References:
         Pillai, Abbasi Koohpayegani, Ouligian, Fong and Pirsiavash, Consistent Explanations by Contrastive Learning
-        (CVPR
-        2022), section 3.
+        (CVPR 2022), section 3.
     """
 
     def __init__(
@@ -145,14 +145,14 @@ class CGCRegularizer(nn.Module):
         super().__init__()
         if target_layer is not None and (not isinstance(target_layer, str) or not target_layer):
             raise ValueError(
-                f"`target_layer` must be the dotted name of a layer, or None; got {describe(target_layer)}. "
-                "Names: `dict(model.named_modules())`."
+                f"`target_layer` must be the dotted name of a layer, or None; got {describe(target_layer)}. Names: "
+                "`dict(model.named_modules())`."
             )
         transform = RandomResizedCropFlip() if transform is None else transform
         if not callable(getattr(transform, "sample", None)):
             raise TypeError(
-                f"`transform` must draw transforms with a method `sample`; got {describe(transform)}. "
-                "Pass RandomResizedCropFlip(...) or RandomAffine(...)."
+                f"`transform` must draw transforms with a method `sample`; got {describe(transform)}. Pass "
+                "RandomResizedCropFlip(...) or RandomAffine(...)."
             )
         check_option("heatmap", heatmap, HEATMAPS)
         check_option("loss", loss, get_args(LossName))
@@ -162,9 +162,8 @@ class CGCRegularizer(nn.Module):
         check_choice("reduction", reduction, get_args(Reduction))
         if gather_distributed and loss != "info_nce":
             raise ValueError(
-                f"`gather_distributed` must be False unless `loss` is 'info_nce'; got True with "
-                f"loss={describe(loss)}, which "
-                "has no negatives to gather."
+                f"`gather_distributed` must be False unless `loss` is 'info_nce'; got True with loss={describe(loss)}, "
+                "which has no negatives to gather."
             )
         if head is not None and heatmap != "class_activation":
             raise ValueError(
@@ -207,9 +206,8 @@ class CGCRegularizer(nn.Module):
         """Make a regularizer that computes what the authors' code computes.
 
         It differs from the paper's equation: HiResCAM instead of Grad-CAM; negatives seen from the key; heatmaps
-        enlarged
-        to 224 x 224 with a floor of 1e-8; and ``"mse_consistency"`` is a mean over pixels. The arguments are those of
-        the class.
+        enlarged to 224 x 224 with a floor of 1e-8; and ``"mse_consistency"`` is a mean over pixels. The arguments are
+        those of the class.
 
         Example:
             >>> reg = CGCRegularizer.official("layer4")
@@ -331,6 +329,8 @@ class CGCRegularizer(nn.Module):
         if torch.is_grad_enabled():
             check_trainable(query, image_pass.layer_output, unwrap(model))
             check_trainable(key, view_pass.layer_output, unwrap(model))
+            if isinstance(model, DistributedDataParallel) and logits.requires_grad:
+                loss = reach_all_parameters(loss, logits)
         else:
             loss, logits, view_logits, query, key = (t.detach() for t in (loss, logits, view_logits, query, key))
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
@@ -363,10 +363,8 @@ class CGCRegularizer(nn.Module):
         if heatmaps.shape[1] * heatmaps.shape[2] < 2:
             raise ValueError(
                 "`target_layer` must give heatmaps of more than one pixel, since a single one has no place to "
-                "compare; got "
-                f"{describe(heatmaps)} from images of {tuple(images.shape[-2:])}. Name an earlier layer, or pass "
-                "larger "
-                "images."
+                f"compare; got {describe(heatmaps)} from images of {tuple(images.shape[-2:])}. Name an earlier layer, "
+                "or pass larger images."
             )
         if self.heatmap_size is None:
             return heatmaps
@@ -410,8 +408,8 @@ def _check_inputs(x: Tensor, target: Tensor | None, view: Tensor | None, transfo
     if transform is not None:
         if not isinstance(transform, SpatialTransform):
             raise TypeError(
-                f"`transform` must be a SpatialTransform; got {describe(transform)}. "
-                "Wrap the thetas of a DataLoader: `SpatialTransform(theta)`."
+                f"`transform` must be a SpatialTransform; got {describe(transform)}. Wrap the thetas of a DataLoader: "
+                "`SpatialTransform(theta)`."
             )
         if len(transform) != len(x):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cgc_reg._checks import check_size, describe
 
@@ -26,9 +26,8 @@ class TokensToMaps:
     """Fold the tokens (n, t, c) of a vision transformer into maps (n, c, h, w).
 
     Where the class is read from the class token, name a layer in front of the last attention, such as torchvision's
-    ``"encoder.layers.encoder_layer_11.ln_1"`` or timm's ``"blocks.11.norm1"``: behind it the other tokens have no
-    say, and
-    every heatmap is blank.
+    ``"encoder.layers.encoder_layer_11.ln_1"`` or timm's ``"blocks.11.norm1"``: behind it the other tokens have no say,
+    and every heatmap is blank.
 
     Args:
         grid_size: (h, w) of the grid of patches: the image's size over the patch's.
@@ -55,3 +54,20 @@ class TokensToMaps:
             )
         patches = output[:, self.prefix_tokens :].transpose(1, 2)
         return patches.reshape(patches.shape[0], patches.shape[1], *self.grid_size)
+
+
+def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
+    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
+
+    It is when the last layer inside that has weights works on the last dimension, and its width is found there alone.
+    """
+    last = [module for module in layer.modules() if any(True for _ in module.parameters(recurse=False))][-1:]
+    width = next(
+        (
+            m.out_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]
+            for m in last
+            if isinstance(m, (nn.Linear, nn.LayerNorm))
+        ),
+        None,
+    )
+    return output.ndim == 4 and output.shape[3] == width != output.shape[1]

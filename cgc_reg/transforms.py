@@ -378,7 +378,7 @@ class RandomAffine:
                 or not all(is_number(v) and 0 <= v <= 1 for v in translate)
             ):
                 raise ValueError(
-                    f"`translate` must be two shares from 0 to 1 (of the width, of the height); got "
+                    "`translate` must be two shares from 0 to 1 (of the width, of the height); got "
                     f"{describe(translate)}."
                 )
         if self.scale is not None and check_range("scale", self.scale, 0)[0] == 0:
