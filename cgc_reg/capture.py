@@ -29,7 +29,7 @@ class ForwardPass:
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the submodule of an unwrapped model by its dotted name."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     while name.startswith(("module.", "_orig_mod.")) and name not in modules:
         name = name.partition(".")[2]
     if name and name in modules:
@@ -98,9 +98,15 @@ def forward_pass(
             handle.remove()
             torch.set_grad_enabled(grad_enabled)
     if not kept:
+        layer = find_layer(unwrap(model), target_layer)
+        repair = "Name another, or let `suggest_target_layer(model, x)` do so."
+        if isinstance(layer, nn.Sequential) and len(layer):
+            # As timm's gradient checkpointing does.
+            last = f"{target_layer}.{next(reversed(layer._modules))}"
+            repair = f"Where the model calls the parts of a Sequential one by one, name the last part: {last!r}."
         raise RuntimeError(
             f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not "
-            "call. Name another, or let `suggest_target_layer(model, x)` do so."
+            f"call. {repair}"
         )
     if not grad_enabled and not logits.requires_grad:
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.

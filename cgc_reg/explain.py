@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cgc_reg._checks import check_images, check_option, check_target, describe
 from cgc_reg._precision import at_least_float32, without_autocast
 from cgc_reg.capture import ForwardPass, find_head, forward_pass
+from cgc_reg.graph import reentrant_checkpoint
 from cgc_reg.heatmaps import RULES, HeatmapRule, class_activation, score_gradient
 from cgc_reg.losses import unit_maps
 from cgc_reg.modes import evaluation_mode, ordinary, outside_inference_mode, unwrap
@@ -53,9 +54,14 @@ def heatmaps_of(
     else:
         gradient = score_gradient(forward.logits, forward.layer_output, target, create_graph=create_graph)
         if gradient is None:
+            repair = (
+                "It lies inside a reentrant checkpoint, which hides it from autograd: checkpoint with "
+                "`use_reentrant=False`."
+                if reentrant_checkpoint(forward.logits)
+                else "Name a layer on the path to them, or pass an `output_fn` that returns the logits it leads to."
+            )
             raise RuntimeError(
-                "`target_layer` must lead to the logits; got a layer whose output they do not depend on. Name a layer "
-                "on the path to them, or pass an `output_fn` that returns the logits it leads to."
+                f"`target_layer` must lead to the logits; got a layer whose output they do not depend on. {repair}"
             )
         rule = RULES[heatmap] if isinstance(heatmap, str) else heatmap
         with without_autocast(activation):

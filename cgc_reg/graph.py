@@ -46,6 +46,11 @@ def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int)
             return
 
 
+def reentrant_checkpoint(logits: Tensor) -> bool:
+    """Tell whether a part of the pass was checkpointed with ``use_reentrant=True``."""
+    return any(type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes(logits))
+
+
 def _reaches_another_leaf(tensor: Tensor, leaf: Tensor) -> bool:
     leaves = (getattr(node, "variable", None) for node in _nodes(tensor))
     return any(variable is not None and variable is not leaf for variable in leaves)

@@ -307,11 +307,11 @@ class CGCRegularizer(nn.Module):
         layer = self._layer(model, x)
 
         image_pass = forward_pass(model, x, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+        target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
+        heatmap = self._heatmaps(model, x, image_pass, target)
         if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
             warn_if_images_mix(image_pass.logits, image_pass.layer_output, stacklevel=stacklevel + 1)
             self._looked_for_mixing = True
-        target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
-        heatmap = self._heatmaps(model, x, image_pass, target)
 
         if transform is None:
             transform = self._draw(x)

@@ -338,3 +338,30 @@ def test_trunk_without_gradients_costs_no_graph(heatmap, mode):
     with mode():
         regularizer(heatmap=heatmap)(model, X)
     assert seen == [False, False]
+
+
+def test_an_extra_pass_leaves_the_buffers_of_other_layers_alone():
+    """Spectral norm iterates on a buffer in every pass in training."""
+    model = relu_net()
+    nn.utils.parametrizations.spectral_norm(model.features[3])
+    before = buffers_of(model)
+    call(regularizer(), model).backward()
+    assert_same(buffers_of(model), before)
+    model(X)
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_module_in_two_places_is_one_module_in_an_extra_pass():
+    model = relu_net()
+    model.again = model.features[4]  # a name besides the one that the forward uses
+    named_by_either = [CGCRegularizer(name, generator=generator(0))(model, X) for name in ("features.4", "again")]
+    assert_same(*named_by_either)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")  # deprecated, and still in users' models
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_scripted_part_runs_as_it_is():
+    model, plain = relu_net(), relu_net()
+    plain.load_state_dict(model.state_dict())
+    model.features[0] = torch.jit.trace(model.features[0], X)
+    assert_same(call(regularizer(), model), call(regularizer(), plain))

@@ -1,0 +1,107 @@
+"""Gradient checkpointing saves memory and changes nothing else; where it cannot, an error says how to repair it."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from networks import assert_same, buffers_of
+from strategies import generator
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cgc_reg import CGCRegularizer, explain
+
+X = torch.randn(6, 3, 16, 16, generator=generator(0), dtype=torch.float64)
+
+
+class StagedNet(nn.Module):
+    """Three stages and a head; the stages in `saved` run in one checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.neck = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GELU())
+        self.head = nn.Linear(8, 5)
+        self.saved, self.reentrant = (), False
+
+    def forward(self, x):
+        def run(names, x):
+            for name in names:
+                x = getattr(self, name)(x)
+            return x
+
+        order = ["stem", "body", "neck"]
+        first = order.index(self.saved[0]) if self.saved else 3
+        x = run(order[:first], x)
+        if self.saved:
+            x = checkpoint(run, self.saved, x, use_reentrant=self.reentrant)
+        return self.head(run(order[first + len(self.saved) :], x).mean(dim=(2, 3)))
+
+
+def call(reg, model, x):
+    return reg(model, x)
+
+
+def compute(reg, model, x):
+    return reg.compute(model, x).loss
+
+
+def after_backward(run, bn_mode, saved=(), reentrant=False, momentum=0.1):
+    """Return the gradients and the buffers that one step leaves."""
+    torch.manual_seed(0)
+    model = StagedNet().double()
+    model.stem[1].momentum = model.body[1].momentum = momentum
+    model.saved, model.reentrant = saved, reentrant
+    reg = CGCRegularizer("body", bn_mode=bn_mode, generator=generator(0))
+    run(reg, model, X.clone().requires_grad_()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, buffers_of(model)
+
+
+@pytest.mark.parametrize("run", [call, compute])
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+@pytest.mark.parametrize(
+    ("saved", "reentrant"),
+    [(("stem",), False), (("body",), False), (("neck",), False), (("stem", "body", "neck"), False), (("stem",), True)],
+)
+def test_gradients_are_those_without_checkpointing(run, bn_mode, saved, reentrant):
+    # PyTorch's checkpoint runs a training BatchNorm twice on x, so the running statistics are held where they are.
+    plain, _ = after_backward(run, bn_mode, momentum=0)
+    saving, _ = after_backward(run, bn_mode, saved, reentrant, momentum=0)
+    assert_same(saving, plain)
+
+
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_backward_of_an_extra_pass_leaves_running_statistics_alone(bn_mode, reentrant):
+    assert_same(after_backward(call, bn_mode, ("stem",), reentrant)[1], buffers_of(StagedNet().double()))
+
+
+@pytest.mark.parametrize("saved", [("body",), ("neck",)])
+@pytest.mark.parametrize("run", [call, compute])
+def test_a_reentrant_checkpoint_at_or_behind_the_layer_names_the_repair(run, saved):
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        after_backward(run, "preserve", saved, reentrant=True)
+
+
+@pytest.mark.parametrize("saved", [("stem",), ("body",), ("neck",)])
+def test_heatmaps_for_looking_at_do_not_depend_on_checkpointing(saved):
+    model = StagedNet().double()
+    expected = explain(model, X, "body")
+    model.saved = saved
+    assert_same(explain(model, X, "body"), expected)
+
+
+def test_timm_checkpointing_calls_the_parts_of_a_stage_and_the_error_names_the_last():
+    model = timm.create_model("resnet10t", num_classes=5)
+    plain = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    x = torch.randn(3, 3, 64, 64, generator=generator(0))
+    with pytest.raises(RuntimeError, match=r"'layer4\.0'"):
+        CGCRegularizer("layer4")(model, x)
+    losses = [CGCRegularizer("layer4.0", generator=generator(0))(net, x) for net in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
