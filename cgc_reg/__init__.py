@@ -9,6 +9,7 @@ from cgc_reg.regularizer import CGCOutput, CGCRegularizer
 from cgc_reg.reshape import TokensToMaps, channels_last_to_maps
 from cgc_reg.suggest import suggest_target_layer
 from cgc_reg.transforms import RandomAffine, RandomResizedCropFlip, SpatialTransform, TransformSampler
+from cgc_reg.wrappers import expose_layer
 
 __version__ = "0.0.1"
 
@@ -27,6 +28,7 @@ __all__ = [
     "consistency",
     "content_heatmap",
     "explain",
+    "expose_layer",
     "grad_cam",
     "hires_cam",
     "info_nce",

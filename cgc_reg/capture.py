@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
-from cgc_reg.modes import BatchNormMode, extra_pass, uncompiled, unwrap
+from cgc_reg.modes import BatchNormMode, batch_norm_mode, extra_pass
 from cgc_reg.reshape import is_channels_last
+from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,6 @@ class ForwardPass:
     logits: Tensor  # (n, k)
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
-
-
-def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the submodule of an unwrapped model by its dotted name."""
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    while name.startswith(("module.", "_orig_mod.")) and name not in modules:
-        name = name.partition(".")[2]
-    if name and name in modules:
-        return modules[name]
-    close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [top for top, _ in model.named_children()]
-    raise ValueError(
-        f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}. Do you mean "
-        f"{' or '.join(repr(match) for match in close)}? All names: `dict(model.named_modules())`."
-    )
 
 
 def forward_pass(
@@ -113,6 +100,28 @@ def forward_pass(
         with torch.enable_grad():
             return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
     return ForwardPass(logits, kept[0], channels_last)
+
+
+def exposed_pass(
+    model: nn.Module,
+    x: Tensor,
+    exposed: ExposedLayer,
+    *,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    bn_mode: BatchNormMode = "update",
+) -> ForwardPass:
+    """Run a compiled model that puts out its layer's output itself, for a heatmap in closed form.
+
+    Args:
+        model: ``torch.compile(exposed)``, in DistributedDataParallel or not.
+        x, output_fn, bn_mode: as for :func:`forward_pass`.
+        exposed: what was compiled.
+    """
+    cache = nullcontext() if torch.is_grad_enabled() else without_autocast_cache()
+    with cache, batch_norm_mode(model, bn_mode):
+        output, layer_output = model(x)
+    layer = find_layer(exposed.model, exposed.target_layer)
+    return ForwardPass(find_logits(output, output_fn, len(x)), layer_output, is_channels_last(layer, layer_output))
 
 
 def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_size: int) -> Tensor:

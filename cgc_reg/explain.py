@@ -14,8 +14,9 @@ from cgc_reg.capture import ForwardPass, find_head, forward_pass
 from cgc_reg.graph import reentrant_checkpoint
 from cgc_reg.heatmaps import RULES, HeatmapRule, class_activation, score_gradient
 from cgc_reg.losses import unit_maps
-from cgc_reg.modes import evaluation_mode, ordinary, outside_inference_mode, unwrap
+from cgc_reg.modes import evaluation_mode, ordinary, outside_inference_mode
 from cgc_reg.suggest import suggest_target_layer
+from cgc_reg.wrappers import unwrap
 
 HEATMAPS = [*RULES, "class_activation"]
 

@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-from cgc_reg._checks import describe
+from torch.nn.parallel import DistributedDataParallel
 
 BatchNormMode = Literal["preserve", "update", "eval"]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module; got {describe(model)}.")
-    inner: nn.Module = model
-    while True:
-        if isinstance(inner, (DistributedDataParallel, DataParallel)):
-            inner = cast(nn.Module, inner.module)
-        elif _is_compiled(inner):
-            inner = cast(nn.Module, inner._orig_mod)
-        else:
-            return inner
-
-
-def without_compilation(model: nn.Module, *, stacklevel: int) -> nn.Module:
-    """Return the module to run in place of a compiled one; DistributedDataParallel stays around it.
-
-    Args:
-        model: wrapped or not.
-        stacklevel: of the warning that a compiled model gets, as :func:`warnings.warn` counts for the caller.
-    """
-    inner = unwrap(model)
-    if any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules()):
-        warnings.warn(
-            "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook "
-            "that was added after its first call. CGC's passes run through the original, uncompiled module: they "
-            "give the same numbers at the speed of eager mode.",
-            stacklevel=stacklevel + 1,
-        )
-    while model is not inner and not isinstance(model, DistributedDataParallel):
-        model = cast(nn.Module, model._orig_mod if _is_compiled(model) else model.module)
-    return model
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    # By the name of its submodule: importing OptimizedModule would load the compiler, which takes seconds.
-    return "_orig_mod" in model._modules
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled inside the model, by `torch.compile(module)` or `module.compile()`, as it was written."""
-    with ExitStack() as stack:
-        for module in list(model.modules()):
-            if module._compiled_call_impl is not None:
-                stack.enter_context(_attribute(module, "_compiled_call_impl", None))
-            for name, child in module.named_children():
-                if _is_compiled(child) and not _is_compiled(module):
-                    stack.enter_context(_attribute(module, name, child._orig_mod))
-        yield
 
 
 @contextmanager
 def without_broadcast(model: nn.Module) -> Iterator[None]:
     """Keep an extra pass through DistributedDataParallel from broadcasting buffers, which would overwrite them."""
-    with _attribute(model, "broadcast_buffers", False) if isinstance(model, DistributedDataParallel) else nullcontext():
+    with attribute(model, "broadcast_buffers", False) if isinstance(model, DistributedDataParallel) else nullcontext():
         yield
 
 
@@ -88,15 +33,15 @@ def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[None]:
             if not isinstance(module, _NormBase) or not module.training or not module.track_running_stats:
                 continue
             if mode == "eval":
-                stack.enter_context(_attribute(module, "training", False))
+                stack.enter_context(attribute(module, "training", False))
                 # Autograd keeps these by reference, and a later pass may overwrite them before the backward.
                 for name in ("running_mean", "running_var"):
-                    stack.enter_context(_attribute(module, name, getattr(module, name).clone()))
+                    stack.enter_context(attribute(module, name, getattr(module, name).clone()))
             elif isinstance(module, _BatchNorm):
-                stack.enter_context(_attribute(module, "track_running_stats", False))
+                stack.enter_context(attribute(module, "track_running_stats", False))
             else:  # InstanceNorm writes to whatever running statistics it holds.
-                stack.enter_context(_attribute(module, "running_mean", None))
-                stack.enter_context(_attribute(module, "running_var", None))
+                stack.enter_context(attribute(module, "running_mean", None))
+                stack.enter_context(attribute(module, "running_var", None))
         yield
 
 
@@ -111,7 +56,7 @@ def extra_pass(model: nn.Module, mode: BatchNormMode) -> Iterator[nn.Module]:
         if mode == "update":
             yield model
         elif isinstance(model, DistributedDataParallel):  # whose own attributes change from pass to pass
-            stack.enter_context(_attribute(model, "module", _replicate(model.module, {})))
+            stack.enter_context(attribute(model, "module", _replicate(model.module, {})))
             yield model
         else:
             yield _replicate(model, {})
@@ -147,12 +92,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of the model into evaluation mode, and each back into its own."""
     with ExitStack() as stack:
         for module in model.modules():
-            stack.enter_context(_attribute(module, "training", False))
+            stack.enter_context(attribute(module, "training", False))
         yield
 
 
 @contextmanager
-def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
+def attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of a module, and set it back."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -21,24 +21,18 @@ from cgc_reg._checks import (
     describe,
 )
 from cgc_reg._precision import without_autocast
-from cgc_reg.capture import ForwardPass, forward_pass
+from cgc_reg.capture import ForwardPass, exposed_pass, forward_pass
 from cgc_reg.distributed import reach_all_parameters
 from cgc_reg.explain import HEATMAPS, heatmaps_of
 from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
 from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
-from cgc_reg.modes import (
-    BatchNormMode,
-    ordinary,
-    outside_inference_mode,
-    unwrap,
-    without_broadcast,
-    without_compilation,
-)
+from cgc_reg.modes import BatchNormMode, ordinary, outside_inference_mode, without_broadcast
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
 from cgc_reg.suggest import suggest_target_layer
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
+from cgc_reg.wrappers import ExposedLayer, compiled_exposed_layer, unwrap, without_compilation
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["info_nce", "mse_consistency"]
@@ -245,7 +239,8 @@ class CGCRegularizer(nn.Module):
             ValueError, TypeError: an argument is not as described.
             RuntimeError: the layer was not called, or its heatmap cannot be trained on.
         """
-        model = without_compilation(model, stacklevel=4)
+        if self._exposed(model) is None:
+            model = without_compilation(model, stacklevel=4)
         # The pass over x goes through DistributedDataParallel, which arms its synchronisation of gradients.
         with outside_inference_mode(), without_broadcast(model):
             return self._step(model, x, target, None, None, bn_mode=self.bn_mode, stacklevel=4).loss
@@ -278,7 +273,8 @@ class CGCRegularizer(nn.Module):
             >>> loss = F.cross_entropy(out.logits, y) + 0.5 * out.loss
         """
         with outside_inference_mode():
-            model = without_compilation(model, stacklevel=2)
+            if self._exposed(model) is None:
+                model = without_compilation(model, stacklevel=2)
             return self._step(model, x, target, view, transform, bn_mode="update", stacklevel=2)
 
     def extra_repr(self) -> str:
@@ -306,7 +302,7 @@ class CGCRegularizer(nn.Module):
             check_negatives(len(x))  # before the model runs and updates its statistics
         layer = self._layer(model, x)
 
-        image_pass = forward_pass(model, x, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+        image_pass = self._pass(model, x, layer, bn_mode)
         target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
         heatmap = self._heatmaps(model, x, image_pass, target)
         if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
@@ -317,7 +313,8 @@ class CGCRegularizer(nn.Module):
             transform = self._draw(x)
         if view is None:
             view = transform(x, self.view_size)
-        view_pass = forward_pass(unwrap(model), view, layer, output_fn=self.output_fn, bn_mode=self.bn_mode)
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        view_pass = self._pass(inner, view, layer, self.bn_mode)
         key = self._heatmaps(model, view, view_pass, target)
 
         query = transform(heatmap, (key.shape[1], key.shape[2]))
@@ -336,9 +333,27 @@ class CGCRegularizer(nn.Module):
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
         return CGCOutput(loss, logits, view_logits, view, transform, target, query, key, scalars)
 
+    def _exposed(self, model: nn.Module) -> ExposedLayer | None:
+        """Return the exposed layer of a model that stays compiled; None for one that does not."""
+        return compiled_exposed_layer(model) if self.heatmap == "class_activation" else None
+
+    def _pass(self, model: nn.Module, images: Tensor, layer: str, bn_mode: BatchNormMode) -> ForwardPass:
+        exposed = self._exposed(model)
+        if exposed is not None:
+            return exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
+        if not isinstance(model, DistributedDataParallel):
+            model = unwrap(model)
+        return forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+
     def _layer(self, model: nn.Module, x: Tensor) -> str:
+        exposed = self._exposed(model)
         if self.target_layer is None:
-            self.target_layer = suggest_target_layer(model, x)
+            self.target_layer = suggest_target_layer(model, x) if exposed is None else exposed.target_layer
+        if exposed is not None and self.target_layer != exposed.target_layer:
+            raise ValueError(
+                f"`target_layer` must be the layer that the compiled model exposes, {exposed.target_layer!r}; got "
+                f"{self.target_layer!r}. Compile `expose_layer(model, {self.target_layer!r})`."
+            )
         return self.target_layer
 
     def _draw(self, x: Tensor) -> SpatialTransform:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from cgc_reg._checks import check_images, describe
 from cgc_reg._precision import without_autocast_cache
-from cgc_reg.modes import evaluation_mode, uncompiled, unwrap
+from cgc_reg.modes import evaluation_mode
 from cgc_reg.reshape import is_channels_last
+from cgc_reg.wrappers import uncompiled, unwrap
 
 
 def suggest_target_layer(model: nn.Module, x: Tensor) -> str:

@@ -1,0 +1,153 @@
+"""A compiled model gives what it gives uncompiled; with its layer exposed, it stays compiled in both passes."""
+
+import copy
+import os
+import shutil
+import sysconfig
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import assert_same, buffers_of, relu_net
+from strategies import generator
+from torch import nn
+
+from cgc_reg import CGCRegularizer, expose_layer
+
+X = torch.randn(4, 3, 32, 32, generator=generator(0))
+Y = torch.tensor([0, 3, 1, 4])
+
+# Inductor writes C++, and needs what compiles it.
+compiles = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+BACKENDS = ["aot_eager", "inductor"] if compiles else ["aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def regularizer(layer="features", **options):
+    return CGCRegularizer(layer, heatmap="class_activation", generator=generator(0), **options)
+
+
+def call_step(reg, model):
+    output = model(X)
+    return F.cross_entropy(output[0] if isinstance(output, tuple) else output, Y) + reg(model, X)
+
+
+def compute_step(reg, model):
+    out = reg.compute(model, X)
+    return F.cross_entropy(out.logits, Y) + out.loss
+
+
+steps = pytest.mark.parametrize("step", [call_step, compute_step])
+
+
+def train(step, reg, model, inner, steps=2):
+    """Take a few steps and return what is left of them."""
+    optimizer = torch.optim.SGD(inner.parameters(), 0.1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = step(reg, model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    gradients = {f"gradient of {name}": p.grad.clone() for name, p in inner.named_parameters()}
+    return {"losses": torch.stack(losses), **gradients, **dict(inner.named_parameters()), **buffers_of(inner)}
+
+
+@steps
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exposed_layer_trains_as_uncompiled(step, bn_mode, backend):
+    plain = relu_net(nn.BatchNorm2d)
+    inner = copy.deepcopy(plain)
+    model = torch.compile(expose_layer(inner, "features"), backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = train(step, regularizer(bn_mode=bn_mode), model, inner)
+    torch.testing.assert_close(compiled, train(step, regularizer(bn_mode=bn_mode), plain, plain))
+
+
+def test_both_passes_of_an_exposed_layer_run_compiled_and_are_compiled_once():
+    graphs, runs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *inputs: runs.append(graph) or graph(*inputs)
+
+    model = torch.compile(expose_layer(relu_net(nn.BatchNorm2d), "features"), backend=backend)
+    reg = regularizer()
+    for _ in range(3):
+        compute_step(reg, model).backward()
+    assert len(graphs) == 2  # one updates the running statistics, one does not
+    assert runs == 3 * graphs
+
+
+def test_module_compile_of_an_exposed_layer_stays_compiled():
+    inner = relu_net()
+    model = expose_layer(inner, "features")
+    model.compile(backend="eager")
+    plain = relu_net()
+    plain.load_state_dict(inner.state_dict())
+    torch.testing.assert_close(compute_step(regularizer(), model), compute_step(regularizer(), plain))
+
+
+def test_exposed_layer_is_a_metric_without_gradients():
+    inner = relu_net(nn.BatchNorm2d).eval()
+    model = torch.compile(expose_layer(inner, "features"), backend="eager")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = regularizer()(model, X)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, regularizer()(inner, X).detach())
+
+
+def test_another_rule_runs_an_exposed_layer_uncompiled_with_a_warning():
+    inner = relu_net()
+    model = torch.compile(expose_layer(inner, "features"), backend="eager")
+    with pytest.warns(UserWarning, match="uncompiled"):
+        loss = CGCRegularizer("features", generator=generator(0))(model, X)
+    assert_same(loss, CGCRegularizer("features", generator=generator(0))(inner, X))
+
+
+def test_uncompiled_exposed_layer_is_the_model_itself():
+    inner = relu_net()
+    for rule in ("grad_cam", "class_activation"):
+        reg = [CGCRegularizer("features", heatmap=rule, generator=generator(0)) for _ in range(2)]
+        assert_same(reg[0](expose_layer(inner, "features"), X), reg[1](inner, X))
+
+
+def test_an_in_place_layer_behind_an_exposed_one_changes_nothing():
+    inner = relu_net()
+    inner.features[5].inplace = True
+    model = torch.compile(expose_layer(inner, "features.4"), backend="aot_eager")
+    _, kept = model(X)
+    assert_same(kept, inner.features[:5](X))
+
+
+def test_exposed_layer_must_be_the_regularizers():
+    model = torch.compile(expose_layer(relu_net(), "features.3"), backend="eager")
+    with pytest.raises(ValueError, match=r"exposes, 'features\.3'; got 'features'\. Compile"):
+        regularizer()(model, X)
+    reg = regularizer(None)
+    reg(model, X)
+    assert reg.target_layer == "features.3"
+
+
+def test_exposing_a_misspelt_layer_gets_close_matches():
+    with pytest.raises(ValueError, match="Do you mean 'features'"):
+        expose_layer(relu_net(), "featurs")
+
+
+def test_exposing_a_layer_that_is_not_called_is_refused():
+    model = relu_net()
+    model.never = nn.Conv2d(3, 3, 1)
+    with pytest.raises(RuntimeError, match="'never', which it called 0 times"):
+        expose_layer(model, "never")(X)
