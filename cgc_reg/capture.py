@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
@@ -23,7 +24,8 @@ from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
 class ForwardPass:
     """What one pass through the model left: its class scores, and its layer's output in their graph."""
 
-    logits: Tensor  # (n, k)
+    logits: Tensor  # (n, k), as the model returned them
+    inner_logits: Tensor  # the same, from inside DistributedDataParallel
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
 
@@ -52,6 +54,7 @@ def forward_pass(
             running ones.
     """
     kept: list[Tensor] = []
+    inner_outputs: list[Any] = []
     channels_last = False
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -75,17 +78,23 @@ def forward_pass(
 
     grad_enabled = torch.is_grad_enabled()
     cache = nullcontext() if grad_enabled else without_autocast_cache()
+    inner = unwrap(model)
     with ExitStack() as from_the_layer_up, cache, uncompiled(model), extra_pass(model, bn_mode) as running:
-        handle = find_layer(unwrap(model), target_layer).register_forward_hook(keep)
+        handles = [find_layer(inner, target_layer).register_forward_hook(keep)]
+        if isinstance(model, DistributedDataParallel):
+            # Whose own output starts its synchronisation, with a static graph, at the first gradient that it sees.
+            handles.append(inner.register_forward_hook(lambda module, args, output: inner_outputs.append(output)))
         try:
             output = running(x)
             # Also here gradients are on: `output_fn` may compute something.
             logits = find_logits(output, output_fn, len(x))
+            inner_logits = find_logits(inner_outputs[0], output_fn, len(x)) if inner_outputs else logits
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             torch.set_grad_enabled(grad_enabled)
     if not kept:
-        layer = find_layer(unwrap(model), target_layer)
+        layer = find_layer(inner, target_layer)
         repair = "Name another, or let `suggest_target_layer(model, x)` do so."
         if isinstance(layer, nn.Sequential) and len(layer):
             # As timm's gradient checkpointing does.
@@ -99,7 +108,7 @@ def forward_pass(
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
         with torch.enable_grad():
             return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
-    return ForwardPass(logits, kept[0], channels_last)
+    return ForwardPass(logits, inner_logits, kept[0], channels_last)
 
 
 def exposed_pass(
@@ -121,7 +130,8 @@ def exposed_pass(
     with cache, batch_norm_mode(model, bn_mode):
         output, layer_output = model(x)
     layer = find_layer(exposed.model, exposed.target_layer)
-    return ForwardPass(find_logits(output, output_fn, len(x)), layer_output, is_channels_last(layer, layer_output))
+    logits = find_logits(output, output_fn, len(x))
+    return ForwardPass(logits, logits, layer_output, is_channels_last(layer, layer_output))
 
 
 def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_size: int) -> Tensor:
@@ -157,8 +167,15 @@ def find_head(model: nn.Module, name: str | None, *, channels: int, classes: int
         if isinstance(module, nn.Linear) or (
             isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         ):
-            weight = module.weight.flatten(1)
-            return weight if weight.shape == (classes, channels) else None
+            if module.weight.shape[:2] != (classes, channels):
+                return None
+            if hasattr(module.weight, "full_tensor"):
+                raise ValueError(
+                    "`head` must not be sharded when `heatmap='class_activation'` reads its weight, after the "
+                    "forward; got a sharded one. Set `reshard_after_forward=False` in the `fully_shard` of the module "
+                    "that holds it."
+                )
+            return module.weight.flatten(1)
         return None
 
     if name is not None:

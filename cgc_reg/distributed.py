@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gather(local: Tensor) -> tuple[Tensor, int]:
@@ -66,11 +66,26 @@ class _AllGather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether parts of the model are sharded by ``fully_shard`` (FSDP2)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # half a second, for those who shard
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "`model` must not be wrapped in FullyShardedDataParallel, which hides its layers; got one that is. Use "
+            "`fully_shard` or DistributedDataParallel."
+        )
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def reach_all_parameters(loss: Tensor, logits: Tensor) -> Tensor:
     """Return the loss with a gradient of zeros for the logits.
 
     DistributedDataParallel waits for a gradient of every parameter that its forward used, while a heatmap depends on
-    no bias of a linear head. Zeros, unlike ``0 * logits``, do not turn an infinite score into NaN.
+    no bias of a linear head; a sharded model begins its backward at its output. Zeros, unlike ``0 * logits``, do not
+    turn an infinite score into NaN.
     """
     result: Tensor = _ZeroGradient.apply(loss, logits)
     return result

@@ -53,12 +53,12 @@ def heatmaps_of(
         weight = find_head(model, head, channels=activation.shape[1], classes=classes).to(activation.dtype)
         heatmaps = class_activation(activation, weight, target)
     else:
-        gradient = score_gradient(forward.logits, forward.layer_output, target, create_graph=create_graph)
+        gradient = score_gradient(forward.inner_logits, forward.layer_output, target, create_graph=create_graph)
         if gradient is None:
             repair = (
                 "It lies inside a reentrant checkpoint, which hides it from autograd: checkpoint with "
                 "`use_reentrant=False`."
-                if reentrant_checkpoint(forward.logits)
+                if reentrant_checkpoint(forward.inner_logits)
                 else "Name a layer on the path to them, or pass an `output_fn` that returns the logits it leads to."
             )
             raise RuntimeError(

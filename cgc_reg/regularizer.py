@@ -22,7 +22,7 @@ from cgc_reg._checks import (
 )
 from cgc_reg._precision import without_autocast
 from cgc_reg.capture import ForwardPass, exposed_pass, forward_pass
-from cgc_reg.distributed import reach_all_parameters
+from cgc_reg.distributed import is_sharded, reach_all_parameters
 from cgc_reg.explain import HEATMAPS, heatmaps_of
 from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
@@ -301,12 +301,19 @@ class CGCRegularizer(nn.Module):
         if self.loss == "info_nce" and not self.gather_distributed:
             check_negatives(len(x))  # before the model runs and updates its statistics
         layer = self._layer(model, x)
+        sharded = is_sharded(model)
+        if sharded and torch.is_grad_enabled() and self.heatmap != "class_activation":
+            raise ValueError(
+                "`heatmap` must be 'class_activation' to train a model that is sharded by `fully_shard`: the inner "
+                f"gradient of other rules makes it free its weights too early; got {describe(self.heatmap)}. Set "
+                "that, or use DistributedDataParallel."
+            )
 
         image_pass = self._pass(model, x, layer, bn_mode)
         target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
         heatmap = self._heatmaps(model, x, image_pass, target)
         if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
-            warn_if_images_mix(image_pass.logits, image_pass.layer_output, stacklevel=stacklevel + 1)
+            warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
             self._looked_for_mixing = True
 
         if transform is None:
@@ -326,7 +333,7 @@ class CGCRegularizer(nn.Module):
         if torch.is_grad_enabled():
             check_trainable(query, image_pass.layer_output, unwrap(model))
             check_trainable(key, view_pass.layer_output, unwrap(model))
-            if isinstance(model, DistributedDataParallel) and logits.requires_grad:
+            if (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
                 loss = reach_all_parameters(loss, logits)
         else:
             loss, logits, view_logits, query, key = (t.detach() for t in (loss, logits, view_logits, query, key))

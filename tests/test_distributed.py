@@ -3,13 +3,9 @@
 Every scenario runs in one pair of processes, started once; each process writes what it got, and the tests compare.
 """
 
-import datetime
-import os
-import warnings
-
+import gloo
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from networks import assert_same, buffers_of, gradients, relu_net
 from strategies import generator
@@ -59,12 +55,6 @@ def gathered_official_call(model, share):
     return call(model, share, gather_distributed=True, negatives="official")
 
 
-def call_alone(model, share):
-    """Train two steps with no pass besides the regularizer's."""
-    gathered_call(model, share).backward()
-    return gathered_call(model, share)
-
-
 def compute_step(model, share):
     out = regularizer(share, gather_distributed=True).compute(model, X[share])
     return F.cross_entropy(out.logits, Y[share]) + out.loss
@@ -92,13 +82,12 @@ SCENARIOS = {
     "gathered official": (plain, gathered_official_call),
     "compute": (DistributedDataParallel, compute_step),
     "call": (DistributedDataParallel, call_step),
-    "call alone": (DistributedDataParallel, call_alone),
     "compute, compiled outside": (compiled_outside, compute_step),
     "call, compiled outside": (compiled_outside, call_step),
     "compute, compiled inside": (compiled_inside, compute_step),
     "call, compiled inside": (compiled_inside, call_step),
 }
-STEPS = [name for name in SCENARIOS if name.startswith(("compute", "call")) and name != "call alone"]
+STEPS = [name for name in SCENARIOS if name.startswith(("compute", "call"))]
 
 
 def outcome(wrap, step, rank):
@@ -136,32 +125,18 @@ def look(model, share):
     suggest_target_layer(model, X[share])
 
 
-def work(rank, folder):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's host name need not resolve
-    # A process whose partner died gives up after a minute.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=datetime.timedelta(minutes=1),
-    )
+def work(rank):
     results = {name: outcome(*scenario, rank) for name, scenario in SCENARIOS.items()}
     results["one pass"] = buffers_after(rank, plain_pass)
     results["one pass and extra ones"] = buffers_after(rank, plain_pass, call, look)
     results["two passes"] = buffers_after(rank, plain_pass, plain_pass)
     results["one pass and compute"] = buffers_after(rank, plain_pass, compute)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return gloo.run(work, PROCESSES, tmp_path_factory.mktemp("processes"))
 
 
 def mean(results, name):
@@ -208,12 +183,6 @@ def test_data_parallel_training_has_the_gradients_of_the_global_batch(results, n
     actual = {**results[rank][name], "loss": expected["loss"]}  # the loss is that of the process's own share
     assert "error" not in actual, actual["error"]
     torch.testing.assert_close(actual, expected)
-
-
-def test_loop_without_a_pass_of_its_own_is_synchronised_or_stopped(results):
-    first, second = (result["call alone"] for result in results)
-    if "error" not in first:
-        torch.testing.assert_close(first["head.weight"], second["head.weight"])
 
 
 @pytest.mark.parametrize("rank", range(PROCESSES))
