@@ -80,10 +80,13 @@ def _as_maps(layer_output: Tensor, reshape_transform: Callable[[Tensor], Tensor]
     maps = layer_output if reshape_transform is None else reshape_transform(layer_output)
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         whose = "`target_layer` must put out" if reshape_transform is None else "`reshape_transform` must return"
-        raise ValueError(
-            f"{whose} maps of shape (n, c, h, w); got {describe(maps)}. For tokens (n, t, c) pass "
-            "`reshape_transform=TokensToMaps((h, w))`, for channels last `reshape_transform=channels_last_to_maps`."
+        repair = (
+            "Name a layer in front of the pooling."
+            if layer_output.ndim == 2
+            else "For tokens (n, t, c) pass `reshape_transform=TokensToMaps((h, w))`, for channels last "
+            "`reshape_transform=channels_last_to_maps`."
         )
+        raise ValueError(f"{whose} maps of shape (n, c, h, w); got {describe(maps)}. {repair}")
     return maps
 
 
@@ -133,7 +136,7 @@ def explain(
         forward = forward_pass(model, x, layer, output_fn=output_fn)
         if target is None:
             target = forward.logits.argmax(dim=1)
-        check_target("target", target, len(x))
+        check_target("target", target, len(x), forward.logits.shape[1])
         return heatmaps_of(
             forward,
             target.long(),

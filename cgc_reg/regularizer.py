@@ -310,7 +310,11 @@ class CGCRegularizer(nn.Module):
             )
 
         image_pass = self._pass(model, x, layer, bn_mode)
-        target = image_pass.logits.detach().argmax(dim=1) if target is None else target.long()
+        if target is None:
+            target = image_pass.logits.detach().argmax(dim=1)
+        else:
+            check_target("target", target, len(x), image_pass.logits.shape[1])
+        target = target.long()
         heatmap = self._heatmaps(model, x, image_pass, target)
         if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
             warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)

@@ -130,8 +130,10 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     while name.startswith(("module.", "_orig_mod.")) and name not in modules:
         name = name.partition(".")[2]
-    if name and name in modules:
-        return modules[name]
+    # An average of weights, such as torch's AveragedModel, holds the model as its `module`.
+    for known in (name, f"module.{name}"):
+        if name and known in modules:
+            return modules[known]
     close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [top for top, _ in model.named_children()]
     raise ValueError(
         f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}. Do you mean "
