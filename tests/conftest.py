@@ -22,6 +22,14 @@ def pytest_configure(config):
     config.pluginmanager.register(DoctestNames())
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out, and count as deselected, what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        needs_gpu = [item for item in items if item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Let a test fail or pass alone as it does among others."""

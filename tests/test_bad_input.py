@@ -121,7 +121,7 @@ class Wrong(nn.Module):
         (
             {"target_layer": "flat"},
             ValueError,
-            r"\(n, c, h, w\); got a .*\(4, 768\). Name a layer in front of the pooling",
+            r"got a .*\(4, 768\). Name a layer in front of the pooling",
         ),
         ({"target_layer": "aside"}, RuntimeError, "must lead to the logits"),
         ({"target_layer": "unused"}, RuntimeError, "which it did not call. Name another, or let"),
