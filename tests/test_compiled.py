@@ -4,7 +4,6 @@ import copy
 import os
 import shutil
 import sysconfig
-import warnings
 from pathlib import Path
 
 import pytest
@@ -65,13 +64,12 @@ def train(step, reg, model, inner, steps=2):
 @steps
 @pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # inductor's own, in torch 2.6
 def test_exposed_layer_trains_as_uncompiled(step, bn_mode, backend):
     plain = relu_net(nn.BatchNorm2d)
     inner = copy.deepcopy(plain)
     model = torch.compile(expose_layer(inner, "features"), backend=backend)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compiled = train(step, regularizer(bn_mode=bn_mode), model, inner)
+    compiled = train(step, regularizer(bn_mode=bn_mode), model, inner)  # without a warning: those are errors
     torch.testing.assert_close(compiled, train(step, regularizer(bn_mode=bn_mode), plain, plain))
 
 

@@ -117,7 +117,7 @@ def test_memory_does_not_grow(step):
     train(model, step, 5, reg)
     before = live_tensors()
     train(model, step, 200, reg)
-    assert live_tensors() == before
+    assert live_tensors() <= before
 
 
 @pytest.mark.parametrize("transform", [None, RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5)])
