@@ -69,6 +69,8 @@ def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module
         module: root of the tree.
         made: replicas so far, so that a module that appears twice has one.
     """
+    if not module._modules and not module._buffers:  # nothing of its own that a mode would change
+        return module
     if isinstance(module, torch.jit.ScriptModule):  # is no tree of Python objects
         return module
     if module not in made:
