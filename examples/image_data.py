@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
 
+import processes
 from shapes import CLASSES, Shapes
 
 IMAGENETTE_FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
@@ -43,7 +44,8 @@ def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int) -
     if name == "shapes":
         return load_shapes(image_size=image_size, seed=seed)
     if name == "imagenette":
-        folder = download_imagenette(root, size)
+        with processes.writer_first():
+            folder = download_imagenette(root, size)
     else:
         folder = Path(name)
         if not folder.is_dir():

@@ -3,6 +3,7 @@
     python examples/train_imagenette.py                                  # ResNet-18 on Imagenette
     python examples/train_imagenette.py --data shapes --compare          # built-in data, with and without CGC
     python examples/train_imagenette.py --data DIR --labeled-fraction 0.1
+    torchrun --nproc_per_node 2 examples/train_imagenette.py             # in two processes
 
 Each epoch goes to metrics.csv, curves.png and checkpoints in --out; the end prints a table and draws gallery.png.
 """
@@ -10,6 +11,7 @@ Each epoch goes to metrics.csv, curves.png and checkpoints in --out; the end pri
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -22,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 from tqdm import tqdm
 
+import processes
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip, content_heatmap, explain, suggest_target_layer
 from cgc_reg.visualization import curves, gallery, overlay
 from checkpoint import load_checkpoint, save_checkpoint, write_history, write_whole
@@ -67,6 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--lam", type=float, default=0.5, help="weight of CGC; 0 trains with cross-entropy alone")
     train.add_argument("--lam-warmup-epochs", type=float, default=0.0, help="epochs in which lam grows from 0")
     train.add_argument("--temperature", type=float, default=0.5, help="tau of CGC")
+    train.add_argument("--gather", action="store_true", help="contrast with the images of all processes")
     train.add_argument("--compare", action="store_true", help="train with --lam 0 too, and print both side by side")
     train.add_argument(
         "--cross-entropy-views", type=int, choices=(1, 2), default=1, help="cross-entropy on x, or on x and T(x)"
@@ -75,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--crop-scale", type=float, default=0.08, help="smallest area of T's crop, as a share of the image"
     )
     train.add_argument("--epochs", type=int, default=20)
-    train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--batch-size", type=int, default=64, help="images of a step, in each process")
     train.add_argument("--lr", type=float, default=0.05, help="highest learning rate of the one-cycle schedule")
     train.add_argument("--momentum", type=float, default=0.9)
     train.add_argument("--weight-decay", type=float, default=5e-4)
@@ -105,6 +109,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--crop-scale must be above 0 and at most 1; got {args.crop_scale}.")
     if args.compare and args.lam == 0:
         parser.error("--compare needs a --lam above 0 to compare --lam 0 with.")
+    if args.gather and processes.count() == 1:
+        parser.error("--gather needs more than one process; start them with torchrun.")
     return args
 
 
@@ -127,7 +133,7 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
     run = start(args, data, steps)
     if args.resume and (out / "last.pt").exists():
         restore(args, run, data, lam, out / "last.pt")
-        print(f"Continuing {out} after epoch {len(run.history)}.")
+        processes.say(f"Continuing {out} after epoch {len(run.history)}.")
     out.mkdir(parents=True, exist_ok=True)
 
     saved = len(run.history)
@@ -136,20 +142,24 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
             began = time.perf_counter()
             row = {"epoch": epoch, "lam": lam, "lr": run.schedule.get_last_lr()[0]}
             row |= train_epoch(args, run, labeled, unlabeled, lam, epoch, steps)
+            processes.average_buffers(run.model)
             row |= validate(args, run, data)
             row["seconds"] = time.perf_counter() - began
             run.history.append(row)
-            state = run_state(args, run, data, lam)
-            save_checkpoint(out / "last.pt", state)
-            saved = epoch
-            if row["val_top1"] >= max(past["val_top1"] for past in run.history):
-                save_checkpoint(out / "best.pt", state)
-            write_history(out / "metrics.csv", run.history)
-            write_whole(
-                out / "curves.png", lambda path: curves(run.history, PANELS).savefig(path, format="png", dpi=120)
-            )
+            if processes.is_writer():
+                state = run_state(args, run, data, lam)
+                save_checkpoint(out / "last.pt", state)
+                saved = epoch
+                if row["val_top1"] >= max(past["val_top1"] for past in run.history):
+                    save_checkpoint(out / "best.pt", state)
+                write_history(out / "metrics.csv", run.history)
+                write_whole(
+                    out / "curves.png", lambda path: curves(run.history, PANELS).savefig(path, format="png", dpi=120)
+                )
+            processes.wait_for_all()
+            saved = epoch  # in the others too, since any of them may be the first to be interrupted
             measured = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("val_"))
-            print(f"epoch {epoch}/{args.epochs}  {measured}")
+            processes.say(f"epoch {epoch}/{args.epochs}  {measured}")
     except KeyboardInterrupt:
         kept = (
             f"{out / 'last.pt'} holds epoch {saved}; continue with --resume" if saved else "there is no checkpoint yet"
@@ -162,16 +172,17 @@ def train_epoch(
     args: argparse.Namespace, run: Run, labeled: Any, unlabeled: Any, lam: float, epoch: int, steps: int
 ) -> dict[str, float]:
     """Take the optimizer through one epoch."""
-    # All randomness of an epoch follows from the seed and its number, so a resumed run repeats it.
-    seed_everything(args.seed, epoch)
-    model, reg = run.model.train(), run.regularizer
-    reg.generator.manual_seed(1000 * args.seed + epoch)
+    # All randomness of an epoch follows from the seed, its number and the process, so a resumed run repeats it.
+    seed_everything(epoch_seed(args, epoch))
+    # Wrapped anew for that too: after its first step DistributedDataParallel adds gradients up in another order.
+    model, reg = processes.parallel(run.model.train()), run.regularizer
+    reg.generator.manual_seed(epoch_seed(args, epoch))
     labeled_batches = cycle_batches(make_loader(args, labeled, epoch, shuffle=True))
     unlabeled_batches = (
         cycle_batches(make_loader(args, unlabeled, epoch, shuffle=True)) if unlabeled is not None else None
     )
     total = Mean()
-    bar = tqdm(range(steps), desc=f"epoch {epoch}/{args.epochs}", leave=False, mininterval=0.5)
+    bar = progress_bar(range(steps), f"epoch {epoch}/{args.epochs}")
     for step in bar:
         progress = epoch - 1 + step / steps
         weight = lam if progress >= args.lam_warmup_epochs else lam * progress / args.lam_warmup_epochs
@@ -199,9 +210,9 @@ def train_epoch(
         total.add(len(x), cross_entropy=cross_entropy, top1=accuracy(logits, y, 1), top5=accuracy(logits, y, 5))
         if lam > 0:
             total.add(len(x), cgc=cgc)
-        if step % 10 == 0:  # reading the averages makes a GPU wait
+        if step % 10 == 0 and not bar.disable:  # reading the averages makes a GPU wait
             bar.set_postfix({name: f"{value:.3f}" for name, value in total.averages().items()})
-    return {f"train_{name}": value for name, value in total.averages().items()}
+    return {f"train_{name}": value for name, value in total.over_processes().averages().items()}
 
 
 def draw_view(reg: CGCRegularizer, x: Tensor) -> Tensor:
@@ -214,13 +225,15 @@ def draw_view(reg: CGCRegularizer, x: Tensor) -> Tensor:
 def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]:
     """Measure accuracy and heatmaps on the validation images; the views are the same in every epoch."""
     model = run.model.eval()
-    reg = CGCRegularizer(run.regularizer.target_layer, generator=torch.Generator().manual_seed(0))
+    reg = CGCRegularizer(run.regularizer.target_layer, generator=torch.Generator().manual_seed(processes.rank()))
     total = Mean()
-    loader = make_loader(args, data.validation, epoch=0, shuffle=False)
-    for x, y, *mask in tqdm(loader, desc="validation", leave=False, mininterval=0.5):
+    # Each image in one process; a DistributedSampler would make the shares equal by taking some twice.
+    share = Subset(data.validation, range(processes.rank(), len(data.validation), processes.count()))
+    loader = make_loader(args, share, epoch=0, shuffle=False)
+    for x, y, *mask in progress_bar(loader, "validation"):
         x, y = x.to(args.device), y.to(args.device)
         with autocast(args):
-            comparable = len(x) == args.batch_size or (len(x) == len(data.validation) and len(x) > 1)
+            comparable = len(x) == args.batch_size or (len(x) == len(share) and len(x) > 1)
             if comparable:  # The contrastive loss depends on the number of negatives: full batches only.
                 out = reg.compute(model, x)
                 logits = out.logits
@@ -244,12 +257,12 @@ def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]
                 on_object = content_heatmap(explain(model, x, reg.target_layer), mask[0].to(args.device))
                 total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean())
                 total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
-    return {f"val_{name}": value for name, value in total.averages().items()}
+    return {f"val_{name}": value for name, value in total.over_processes().averages().items()}
 
 
 def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
     """Build everything as it is before the first step."""
-    seed_everything(args.seed, 0)
+    seed_everything(1000 * args.seed)
     try:
         model = build_model(args.arch, len(data.classes), pretrained=args.pretrained)
         model = model.to(args.device, memory_format=torch.channels_last)
@@ -262,6 +275,7 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
         layer,
         temperature=args.temperature,
         transform=RandomResizedCropFlip(scale=(args.crop_scale, 1.0)),
+        gather_distributed=args.gather,
         generator=torch.Generator(args.device),
     )
     optimizer = torch.optim.SGD(
@@ -280,6 +294,7 @@ def run_state(args: argparse.Namespace, run: Run, data: Data, lam: float) -> dic
         "layer": run.regularizer.target_layer,
         "image_size": args.image_size,
         "settings": settings(args, lam),
+        "processes": processes.count(),
         "history": run.history,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -305,6 +320,8 @@ def restore(args: argparse.Namespace, run: Run, data: Data, lam: float, path: Pa
     ]
     if saved["classes"] != data.classes:
         differences.append("the classes have changed")
+    if saved.get("processes", 1) != processes.count():
+        differences.append(f"it ran in {saved.get('processes', 1)} processes and this one runs in {processes.count()}")
     if differences:
         why = "; ".join(differences)
         raise SystemExit(f"error: {path} is of another run ({why}); undo that, or choose another --out.")
@@ -321,39 +338,56 @@ def autocast(args: argparse.Namespace) -> Any:
     return torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16) if args.amp else nullcontext()
 
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Set every source of randomness from the seed and the epoch."""
-    torch.manual_seed(1000 * seed + epoch)
-    random.seed(1000 * seed + epoch)
-    np.random.seed(1000 * seed + epoch)
+def progress_bar(steps: Any, title: str) -> Any:
+    """Show how far the writer is."""
+    return tqdm(steps, title, leave=False, mininterval=0.5, disable=not processes.is_writer())
+
+
+def seed_everything(seed: int) -> None:
+    """Set every source of randomness."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def epoch_seed(args: argparse.Namespace, epoch: int) -> int:
+    """Return a seed for an epoch; each process has one of its own, and so augmentations, dropout and T of its own."""
+    return 1000 * args.seed + epoch + 2**20 * processes.rank()
 
 
 def make_loader(args: argparse.Namespace, dataset: Any, epoch: int, *, shuffle: bool) -> DataLoader[Any]:
+    sampler = None
+    if shuffle and processes.count() > 1:  # equal shares of one shuffle, which follows from the seed and the epoch
+        sampler = DistributedSampler(dataset, seed=1000 * args.seed + epoch, drop_last=True)
     return DataLoader(
         dataset,
         args.batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle and len(dataset) >= args.batch_size,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
+        drop_last=shuffle and len(dataset) // processes.count() >= args.batch_size,
         num_workers=args.workers,
         pin_memory=torch.device(args.device).type == "cuda",
-        generator=torch.Generator().manual_seed(1000 * args.seed + epoch),
+        generator=torch.Generator().manual_seed(epoch_seed(args, epoch)),
     )
 
 
 def cycle_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """Repeat a loader without end, shuffled anew each time."""
-    while True:
+    for repeat in itertools.count():
+        if isinstance(loader.sampler, DistributedSampler):
+            loader.sampler.set_epoch(1000 * repeat)  # added to the sampler's seed, in which epochs differ by 1
         yield from loader
 
 
 def steps_per_epoch(args: argparse.Namespace, labeled: Any, unlabeled: Any) -> int:
-    """One epoch goes once over the larger of the two sets."""
-    largest = max(len(labeled), len(unlabeled) if unlabeled is not None else 0)
-    if len(labeled) < 2 or (unlabeled is not None and len(unlabeled) < 2):
+    """One epoch goes once over the larger of the two sets, in equal shares for all processes."""
+    shares = [len(images) // processes.count() for images in (labeled, unlabeled) if images is not None]
+    if min(shares) < 2:
         raise SystemExit(
-            "error: training needs at least two labelled and two unlabelled images; change --labeled-fraction."
+            "error: training needs at least two labelled and two unlabelled images for each process; change "
+            "--labeled-fraction."
         )
-    return max(1, largest // args.batch_size)
+    return max(1, max(shares) // args.batch_size)
 
 
 def accuracy(logits: Tensor, y: Tensor, k: int) -> Tensor:
@@ -373,6 +407,11 @@ class Mean:
             if count:
                 self.sums[name] = self.sums.get(name, 0) + value.detach() * count
                 self.counts[name] = self.counts.get(name, 0) + count
+
+    def over_processes(self) -> Mean:
+        """Take in what the other processes measured."""
+        self.sums, self.counts = processes.total(self.sums), processes.total(self.counts)
+        return self
 
     def averages(self) -> dict[str, float]:
         return {name: round(float(total) / self.counts[name], 6) for name, total in self.sums.items()}
@@ -415,8 +454,11 @@ def print_table(runs: dict[str, Run]) -> None:
             print(f"| {title} | " + " | ".join(f"{run.history[-1][name]:.3f}" for run in runs.values()) + " |")
 
 
+@processes.joined()
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    with processes.writer_first():  # so that it alone says what is wrong with them
+        args = parse_args(argv)
+    processes.use_own_gpu(args.device)
     weights = (
         {"cross-entropy": 0.0, "cross-entropy + CGC": args.lam}
         if args.compare
@@ -438,13 +480,15 @@ def main(argv: list[str] | None = None) -> None:
         pictures = {"image": denormalize(interleave(images, views)), **show_heatmaps(before, images, views, "before")}
         runs = {}
         for name, lam in weights.items():
-            print(f"Training with {name} (lam = {lam:g}) in {folders[name]}")
+            processes.say(f"Training with {name} (lam = {lam:g}) in {folders[name]}")
             runs[name] = train(args, data, lam, folders[name])
             pictures |= show_heatmaps(runs[name], images, views, name)
     except DataError as error:
         raise SystemExit(f"error: {last_line(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted.") from None
+    if not processes.is_writer():
+        return
     print_table(runs)
     picture = args.out / "gallery.png"
     figure = gallery(pictures, title="Each image x, and below it T(x)")
