@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,7 @@ from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_
 from cgc_reg.metrics import consistency
 from cgc_reg.modes import BatchNormMode, ordinary, outside_inference_mode, without_broadcast
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
+from cgc_reg.reuse import KeptPasses, keep_passes
 from cgc_reg.suggest import suggest_target_layer
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
 from cgc_reg.wrappers import ExposedLayer, compiled_exposed_layer, unwrap, without_compilation
@@ -180,6 +182,7 @@ class CGCRegularizer(nn.Module):
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
         self._looked_for_mixing = False
+        self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod
     def official(
@@ -239,11 +242,13 @@ class CGCRegularizer(nn.Module):
             ValueError, TypeError: an argument is not as described.
             RuntimeError: the layer was not called, or its heatmap cannot be trained on.
         """
+        image_pass = self._kept_pass(model, x)
         if self._exposed(model) is None:
             model = without_compilation(model, stacklevel=4)
         # The pass over x goes through DistributedDataParallel, which arms its synchronisation of gradients.
         with outside_inference_mode(), without_broadcast(model):
-            return self._step(model, x, target, None, None, bn_mode=self.bn_mode, stacklevel=4).loss
+            out = self._step(model, x, target, None, None, bn_mode=self.bn_mode, stacklevel=4, image_pass=image_pass)
+        return out.loss
 
     def compute(
         self,
@@ -277,6 +282,40 @@ class CGCRegularizer(nn.Module):
                 model = without_compilation(model, stacklevel=2)
             return self._step(model, x, target, view, transform, bn_mode="update", stacklevel=2)
 
+    @contextmanager
+    def reuse(self, model: nn.Module) -> Iterator[None]:
+        """Let ``reg(model, x)`` use the loop's own pass over x: two passes a step, with both lines as they are.
+
+        What is reused is a pass of this model over this very tensor, made inside the ``with`` block with gradients on.
+        Everything else is computed as ever: other tensors, copies of x, tensors changed in place since, compiled
+        models. The passes are kept until the block ends, so open one for each step.
+
+        Args:
+            model: the model being trained, wrapped or not.
+
+        Raises:
+            ValueError: ``target_layer`` is None, so that the layer is not known before the pass.
+
+        Example:
+            >>> model = torchvision.models.resnet18(num_classes=10)
+            >>> x, y = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+            >>> reg = CGCRegularizer("layer4")
+            >>> with reg.reuse(model):
+            ...     loss = F.cross_entropy(model(x), y) + 0.5 * reg(model, x)
+            >>> loss.backward()
+        """
+        if self.target_layer is None:
+            raise ValueError(
+                "`target_layer` must be named to reuse passes, since the layer is watched from the first one on; got "
+                "None. Pass `suggest_target_layer(model, x)`."
+            )
+        with keep_passes(model, self.target_layer) as kept:
+            self._kept.append(kept)
+            try:
+                yield
+            finally:
+                self._kept.remove(kept)
+
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
         options = {
@@ -295,6 +334,7 @@ class CGCRegularizer(nn.Module):
         *,
         bn_mode: BatchNormMode,
         stacklevel: int,
+        image_pass: ForwardPass | None = None,
     ) -> CGCOutput:
         x, target, view = (ordinary(tensor) for tensor in (x, target, view))
         _check_inputs(x, target, view, transform)
@@ -309,7 +349,8 @@ class CGCRegularizer(nn.Module):
                 "that, or use DistributedDataParallel."
             )
 
-        image_pass = self._pass(model, x, layer, bn_mode)
+        if image_pass is None:
+            image_pass = self._pass(model, x, layer, bn_mode)
         if target is None:
             target = image_pass.logits.detach().argmax(dim=1)
         else:
@@ -348,13 +389,23 @@ class CGCRegularizer(nn.Module):
         """Return the exposed layer of a model that stays compiled; None for one that does not."""
         return compiled_exposed_layer(model) if self.heatmap == "class_activation" else None
 
+    def _kept_pass(self, model: nn.Module, x: Tensor) -> ForwardPass | None:
+        """Return the loop's own pass over x, if it is being kept."""
+        if not torch.is_grad_enabled():
+            return None
+        found = (kept.find(model, x, self.output_fn) for kept in self._kept)
+        return next((image_pass for image_pass in found if image_pass is not None), None)
+
     def _pass(self, model: nn.Module, images: Tensor, layer: str, bn_mode: BatchNormMode) -> ForwardPass:
         exposed = self._exposed(model)
-        if exposed is not None:
-            return exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
-        if not isinstance(model, DistributedDataParallel):
-            model = unwrap(model)
-        return forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+        with ExitStack() as stack:
+            for kept in self._kept:
+                stack.enter_context(kept.pause())
+            if exposed is not None:
+                return exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
+            if not isinstance(model, DistributedDataParallel):
+                model = unwrap(model)
+            return forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
 
     def _layer(self, model: nn.Module, x: Tensor) -> str:
         exposed = self._exposed(model)

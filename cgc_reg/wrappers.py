@@ -99,7 +99,7 @@ def without_compilation(model: nn.Module, *, stacklevel: int) -> nn.Module:
         stacklevel: of the warning that a compiled model gets, as :func:`warnings.warn` counts for the caller.
     """
     unwrap(model)  # refuses what is no module
-    if any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules()):
+    if is_compiled(model):
         warnings.warn(
             "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook "
             "that was added after its first call. CGC's passes run through the original, uncompiled module: they "
@@ -110,6 +110,11 @@ def without_compilation(model: nn.Module, *, stacklevel: int) -> nn.Module:
     while not isinstance(model, DistributedDataParallel) and (inner := _inside(model)) is not None:
         model = inner
     return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether the model or a part of it is compiled."""
+    return any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules())
 
 
 @contextmanager

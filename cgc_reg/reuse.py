@@ -1,0 +1,119 @@
+"""Keep the passes that a loop makes itself, so that the regularizer need not repeat them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cgc_reg.capture import ForwardPass, find_logits
+from cgc_reg.reshape import is_channels_last
+from cgc_reg.wrappers import find_layer, is_compiled, unwrap
+
+
+@dataclass
+class KeptPass:
+    """A pass as it goes: what the model was given, and what it and its layer put out."""
+
+    x: Tensor
+    version: int
+    layer_outputs: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    inner_output: Any = None
+    output: Any = None
+
+
+class KeptPasses:
+    """The passes of one model, while :func:`keep_passes` lasts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.passes: list[KeptPass] = []
+        self.paused = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not keep the regularizer's own passes."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def find(self, model: nn.Module, x: Tensor, output_fn: Callable[[Any], Tensor] | None) -> ForwardPass | None:
+        """Return the pass of this model over this very tensor, unchanged since; None if there is none."""
+        for kept in reversed(self.passes):
+            if model is self.model and kept.x is x and kept.version == x._version:
+                logits = find_logits(kept.output, output_fn, len(x))
+                inner_logits = find_logits(kept.inner_output, output_fn, len(x))
+                (layer, layer_output), *_ = kept.layer_outputs
+                return ForwardPass(logits, inner_logits, layer_output, is_channels_last(layer, layer_output))
+        return None
+
+
+@contextmanager
+def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
+    """Keep each pass of the model that can be reused: over one tensor, with a graph below and above the layer.
+
+    A compiled model is left alone, since hooks would make it compile again; so are passes without gradients, with
+    other arguments, or that call the layer never or twice. The regularizer makes its own pass then.
+
+    Args:
+        model: wrapped or not.
+        target_layer: dotted name in the unwrapped model.
+    """
+    inner = unwrap(model)
+    layer = find_layer(inner, target_layer)
+    kept = KeptPasses(model)
+    if is_compiled(model):
+        yield kept
+        return
+    going: list[KeptPass] = []
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        going.clear()
+        if (
+            not kept.paused
+            and torch.is_grad_enabled()
+            and not kwargs
+            and len(args) == 1
+            and isinstance(args[0], Tensor)
+        ):
+            going.append(KeptPass(args[0], args[0]._version))
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        if not going or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        going[0].layer_outputs.append((module, output))
+        # As in a pass of the regularizer's own: what is above the layer is differentiated twice, and may work in place.
+        above_the_layer.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return output.clone()
+
+    def end_inside(module: nn.Module, args: Any, output: Any) -> None:
+        for one in going:
+            one.inner_output = output
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        above_the_layer.close()
+        for one in going:
+            one.output = output
+            if output is not None and len(one.layer_outputs) == 1:
+                kept.passes.append(one)
+        going.clear()
+
+    with ExitStack() as above_the_layer, ExitStack() as hooks:
+        for handle in (
+            model.register_forward_pre_hook(begin, with_kwargs=True),
+            layer.register_forward_hook(keep),
+            inner.register_forward_hook(end_inside),
+            model.register_forward_hook(end, always_call=True),  # also when the pass raises
+        ):
+            hooks.callback(handle.remove)
+        try:
+            yield kept
+        finally:
+            kept.passes.clear()

@@ -1,0 +1,193 @@
+"""Inside `reuse` the loop's own pass serves the regularizer, for the very tensor that it was given and nothing else."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import assert_same, buffers_of, gradients, relu_net, settings_of
+from strategies import generator
+from torch import nn
+
+from cgc_reg import CGCRegularizer, explain
+
+X = torch.randn(4, 3, 16, 16, generator=generator(0))
+Y = torch.tensor([0, 3, 1, 4])
+
+
+def regularizer(**options):
+    return CGCRegularizer("features", generator=generator(0), **options)
+
+
+def counted(model):
+    """Count the passes through the first layer."""
+    passes = []
+    model.features[0].register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    return passes
+
+
+def reused_step(reg, model, x=X):
+    with reg.reuse(model):
+        return F.cross_entropy(model(x), Y) + reg(model, x)
+
+
+def test_two_lines_cost_two_passes():
+    model = relu_net()
+    passes = counted(model)
+    reused_step(regularizer(), model)
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("heatmap", ["grad_cam", "hires_cam", "class_activation"])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "data parallel"])
+def test_loss_gradients_and_buffers_are_those_of_compute(heatmap, wrap):
+    model = relu_net(nn.BatchNorm2d)
+    twin = copy.deepcopy(model)
+    loss = reused_step(regularizer(heatmap=heatmap), wrap(model))
+    out = regularizer(heatmap=heatmap).compute(twin, X)
+    expected = F.cross_entropy(out.logits, Y) + out.loss
+    assert_same(loss, expected)
+    assert_same(gradients(loss, model), gradients(expected, twin))
+    assert_same(buffers_of(model), buffers_of(twin))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda model: X.clone(),
+        lambda model: X[:],
+        lambda model: X.view_as(X),
+        lambda model: X + 1,
+    ],
+    ids=["copy", "slice", "alias", "another"],
+)
+def test_another_tensor_is_computed(other):
+    model = relu_net()
+    x, passes = other(model), counted(model)
+    reg = regularizer()
+    with reg.reuse(model):
+        model(X)
+        loss = reg(model, x)
+    assert len(passes) == 3
+    assert_same(loss, regularizer()(model, x))
+
+
+def test_a_tensor_changed_in_place_is_computed():
+    model, x = relu_net(), X.clone()
+    passes = counted(model)
+    reg = regularizer()
+    with reg.reuse(model):
+        model(x)
+        x += 1
+        assert_same(reg(model, x), regularizer()(model, x))
+    assert len(passes) == 5
+
+
+def test_a_pass_without_gradients_or_of_another_model_is_not_reused():
+    model, other = relu_net(), relu_net()
+    reg = regularizer()
+    with reg.reuse(model):
+        with torch.no_grad():
+            model(X)
+        assert_same(gradients(reg(model, X), model), gradients(regularizer()(model, X), model))
+        model(X)
+        passes = counted(other)
+        reg(other, X)
+        assert len(passes) == 2
+        passes = counted(model)
+        with torch.no_grad():
+            reg(model, X)
+        assert len(passes) == 2
+
+
+def test_each_of_several_passes_is_found():
+    model, reg = relu_net(), regularizer()
+    x = X + 1
+    with reg.reuse(model):
+        model(X), model(x)
+        passes = counted(model)
+        first, second = reg(model, X), reg(model, x)
+    assert len(passes) == 2
+    reg = regularizer()
+    assert_same((first, second), (reg(model, X), reg(model, x)))
+
+
+def test_the_regularizers_own_passes_are_not_kept():
+    model, reg = relu_net(), regularizer()
+    with reg.reuse(model):
+        reg.compute(model, X)
+        explain(model, X, "features")
+        passes = counted(model)
+        reg(model, X)
+    assert len(passes) == 2
+
+
+def test_a_frozen_trunk_is_computed_as_ever():
+    model = relu_net()
+    model.features.requires_grad_(False)
+    loss = reused_step(regularizer(), model)
+    expected = F.cross_entropy(model(X), Y) + regularizer()(model, X)
+    assert_same(gradients(loss, model), gradients(expected, model))
+
+
+def test_an_in_place_layer_behind_the_target_changes_nothing():
+    model = relu_net()
+    model.features[5].inplace = True
+    losses = []
+    for step in (reused_step, lambda reg, model: F.cross_entropy(model(X), Y) + reg(model, X)):
+        losses.append(step(CGCRegularizer("features.4", generator=generator(0)), model))
+    assert_same(*losses)
+
+
+def test_a_compiled_model_is_run_uncompiled_as_ever():
+    torch.compiler.reset()
+    model = relu_net()
+    with pytest.warns(UserWarning, match="uncompiled"):
+        loss = reused_step(regularizer(), torch.compile(model, backend="eager"))
+    torch.testing.assert_close(loss, reused_step(regularizer(), model))
+
+
+def test_everything_is_let_go_and_left_as_found():
+    model, x, reg = relu_net(nn.BatchNorm2d), X.clone(), regularizer()
+    before = settings_of(model)
+    with reg.reuse(model):
+        output = model(x)
+        reg(model, x)
+    assert settings_of(model) == before
+    traces = [weakref.ref(item) for item in (model, x, output)]
+    del model, x, output
+    gc.collect()
+    assert [trace() for trace in traces] == [None] * 3
+
+
+@pytest.mark.parametrize("where", ["model", "block"])
+def test_everything_is_left_as_found_when_something_raises(where):
+    class Stumbling(nn.Module):
+        def forward(self, x):
+            raise ArithmeticError
+
+    model, reg = relu_net(), regularizer()
+    if where == "model":
+        model.head = Stumbling()
+    before, flash = settings_of(model), torch.backends.cuda.flash_sdp_enabled()
+
+    def block():
+        with reg.reuse(model):
+            model(X)
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        block()
+    assert settings_of(model) == before
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
+    assert reg._kept == []
+
+
+def test_the_layer_must_be_known():
+    with (
+        pytest.raises(ValueError, match="`target_layer` must be named to reuse"),
+        CGCRegularizer(None).reuse(relu_net()),
+    ):
+        pass
