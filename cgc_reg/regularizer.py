@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -94,6 +94,8 @@ class CGCRegularizer(nn.Module):
         negatives: of ``"info_nce"``: ``"keys"`` as above, or ``"official"`` as in the authors' code.
         heatmap_size: (h, w) that both heatmaps are enlarged to first; None: the grid of the view's heatmap.
         view_size: (H, W) of the views; None: as large as x. Smaller views cost less.
+        detach_key: make the keys constants: the view's pass builds no graph and costs a third of one with it, and the
+            loss trains through the queries alone. Its ``view_logits`` train nothing.
         bn_mode: what extra passes do to BatchNorm in training: ``"preserve"`` normalises with the batch's statistics
             without touching the running ones; ``"update"`` updates them; ``"eval"`` normalises with the running ones.
             Extra are the view's pass and, in ``reg(model, x)``, the pass over x too.
@@ -131,6 +133,7 @@ class CGCRegularizer(nn.Module):
         negatives: Negatives = "keys",
         heatmap_size: tuple[int, int] | None = None,
         view_size: tuple[int, int] | None = None,
+        detach_key: bool = False,
         bn_mode: BatchNormMode = "preserve",
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
@@ -175,6 +178,7 @@ class CGCRegularizer(nn.Module):
         self.negatives = negatives
         self.heatmap_size = None if heatmap_size is None else check_size("heatmap_size", heatmap_size)
         self.view_size = None if view_size is None else check_size("view_size", view_size)
+        self.detach_key = detach_key
         self.bn_mode = bn_mode
         self.reduction = reduction
         self.gather_distributed = gather_distributed
@@ -366,8 +370,9 @@ class CGCRegularizer(nn.Module):
         if view is None:
             view = transform(x, self.view_size)
         inner = model.module if isinstance(model, DistributedDataParallel) else model
-        view_pass = self._pass(inner, view, layer, self.bn_mode)
-        key = self._heatmaps(model, view, view_pass, target)
+        with torch.no_grad() if self.detach_key else nullcontext():
+            view_pass = self._pass(inner, view, layer, self.bn_mode)
+            key = self._heatmaps(model, view, view_pass, target)
 
         query = transform(heatmap, (key.shape[1], key.shape[2]))
         coverage = transform.coverage((key.shape[1], key.shape[2]))
@@ -377,11 +382,15 @@ class CGCRegularizer(nn.Module):
         logits, view_logits = image_pass.logits, view_pass.logits
         if torch.is_grad_enabled():
             check_trainable(query, image_pass.layer_output, unwrap(model))
-            check_trainable(key, view_pass.layer_output, unwrap(model))
+            if not self.detach_key:
+                check_trainable(key, view_pass.layer_output, unwrap(model))
             if (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
                 loss = reach_all_parameters(loss, logits)
         else:
-            loss, logits, view_logits, query, key = (t.detach() for t in (loss, logits, view_logits, query, key))
+            loss, logits, query = (tensor.detach() for tensor in (loss, logits, query))
+        if self.detach_key or not torch.is_grad_enabled():
+            # Under `no_grad` a pass still builds a graph from the layer upward, for the inner gradient.
+            view_logits, key = view_logits.detach(), key.detach()
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
         return CGCOutput(loss, logits, view_logits, view, transform, target, query, key, scalars)
 

@@ -78,6 +78,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument(
         "--crop-scale", type=float, default=0.08, help="smallest area of T's crop, as a share of the image"
     )
+    train.add_argument(
+        "--view-size", type=int, help="side of the views in pixels; smaller ones cost less (default: as x)"
+    )
+    train.add_argument("--detach-key", action="store_true", help="make CGC's keys constants, which costs less")
     train.add_argument("--epochs", type=int, default=20)
     train.add_argument("--batch-size", type=int, default=64, help="images of a step, in each process")
     train.add_argument("--lr", type=float, default=0.05, help="highest learning rate of the one-cycle schedule")
@@ -109,6 +113,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--crop-scale must be above 0 and at most 1; got {args.crop_scale}.")
     if args.compare and args.lam == 0:
         parser.error("--compare needs a --lam above 0 to compare --lam 0 with.")
+    if args.view_size is not None and args.view_size < 1:
+        parser.error(f"--view-size must be positive; got {args.view_size}.")
+    if args.detach_key and args.cross_entropy_views == 2:
+        parser.error("--detach-key builds no graph for the views; it needs --cross-entropy-views 1.")
     if args.gather and processes.count() == 1:
         parser.error("--gather needs more than one process; start them with torchrun.")
     return args
@@ -194,7 +202,8 @@ def train_epoch(
                 logits, view_logits, cgc = out.logits, out.view_logits, out.loss
             else:
                 logits, cgc = model(x), x.new_zeros(())
-                view_logits = model(draw_view(reg, x)) if args.cross_entropy_views == 2 else logits
+                # The baseline sees both views too.
+                view_logits = model(draw_view(reg, x, reg.view_size)) if args.cross_entropy_views == 2 else logits
             if lam > 0 and unlabeled_batches is not None:
                 u, *_ = next(unlabeled_batches)
                 cgc = reg(model, u.to(args.device, non_blocking=True))
@@ -215,10 +224,10 @@ def train_epoch(
     return {f"train_{name}": value for name, value in total.over_processes().averages().items()}
 
 
-def draw_view(reg: CGCRegularizer, x: Tensor) -> Tensor:
-    """Draw T as the regularizer does and return T(x), for the baseline that sees both views too."""
+def draw_view(reg: CGCRegularizer, x: Tensor, view_size: tuple[int, int] | None = None) -> Tensor:
+    """Draw T as the regularizer does and return T(x)."""
     size = (x.shape[2], x.shape[3])
-    return reg.transform.sample(len(x), size, device=x.device, generator=reg.generator)(x)
+    return reg.transform.sample(len(x), size, device=x.device, generator=reg.generator)(x, view_size)
 
 
 @torch.no_grad()
@@ -275,6 +284,8 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
         layer,
         temperature=args.temperature,
         transform=RandomResizedCropFlip(scale=(args.crop_scale, 1.0)),
+        view_size=None if args.view_size is None else (args.view_size, args.view_size),
+        detach_key=args.detach_key,
         gather_distributed=args.gather,
         generator=torch.Generator(args.device),
     )

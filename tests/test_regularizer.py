@@ -366,6 +366,22 @@ def test_view_size_sets_the_size_of_views_and_of_their_heatmaps():
     torch.testing.assert_close(out.view, out.transform(X, (8, 12)))
 
 
+@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("loss", ["info_nce", "mse_consistency"])
+def test_detached_keys_are_constants(heatmap, loss):
+    model = relu_net(nn.BatchNorm2d)
+    constant = {"info_nce": info_nce, "mse_consistency": mse_consistency}[loss]
+    expected = regularizer(heatmap=heatmap, loss=lambda query, key: constant(query, key.detach()))(model, X)
+    grown = []
+    model.features[3].register_forward_hook(lambda module, args, output: grown.append(output.requires_grad))
+    out = regularizer(heatmap=heatmap, loss=loss, detach_key=True).compute(model, X)
+    assert grown == [True, False]  # the view's pass builds no graph
+    assert not out.key.requires_grad
+    assert not out.view_logits.requires_grad
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(gradients(out.loss, model), gradients(expected, model))
+
+
 def test_heatmap_size_enlarges_both_maps_before_the_transform():
     model = relu_net().eval()
     out = regularizer(transform=AFFINE, heatmap_size=(7, 9)).compute(model, X)
