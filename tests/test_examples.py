@@ -1,6 +1,7 @@
 """The examples, run as a person would, on data small enough to wait for."""
 
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -277,13 +278,17 @@ def test_visualize_refuses_bad_input(folder, tmp_path):
     assert not picture.exists()
 
 
-def test_benchmark_measures_its_rows():
-    size = ["--batch-size", "2", "--image-size", "64"]
-    seconds = benchmark.measure_times(benchmark.parse_args([*size, "--repeats", "2", "--warmup", "0"]))
+def test_benchmark_measures_steps_parts_and_transforms(tmp_path, capsys):
+    size = ["--batch-size", "2", "--image-size", "64", "--repeats", "2", "--warmup", "0"]
+    benchmark.main([*size, "--no-memory", "--json", str(tmp_path / "cost.json")])
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert all(len(times) == 2 for times in found["seconds"].values())
+    printed = capsys.readouterr().out
+    for name in [*found["seconds"], *found["parts"], *found["transforms"], "batch size 1024", "heatmap size 56"]:
+        assert f"| {name} |" in printed
     # A process of its own, as in the real run: a peak never falls.
-    memory = subprocess.check_output([sys.executable, EXAMPLES / "benchmark.py", *size, "--memory-of-row", "2"])
-    assert float(memory) > 0
-    assert len(benchmark.table(seconds, [1.0] * len(seconds)).splitlines()) == 2 + 4
+    command = [sys.executable, EXAMPLES / "benchmark.py", *size, "--memory-of-row", "`reg.compute`"]
+    assert float(subprocess.check_output(command)) > 0
 
 
 def test_summary_is_the_mean_and_range_over_runs(folder, tmp_path, capsys):
