@@ -344,22 +344,14 @@ class CGCRegularizer(nn.Module):
         _check_inputs(x, target, view, transform)
         if self.loss == "info_nce" and not self.gather_distributed:
             check_negatives(len(x))  # before the model runs and updates its statistics
-        layer = self._layer(model, x)
         sharded = is_sharded(model)
-        if sharded and torch.is_grad_enabled() and self.heatmap != "class_activation":
-            raise ValueError(
-                "`heatmap` must be 'class_activation' to train a model that is sharded by `fully_shard`: the inner "
-                f"gradient of other rules makes it free its weights too early; got {describe(self.heatmap)}. Set "
-                "that, or use DistributedDataParallel."
-            )
+        if sharded and torch.is_grad_enabled():
+            self._check_closed_form()
+        layer = self._layer(model, x)
 
         if image_pass is None:
             image_pass = self._pass(model, x, layer, bn_mode)
-        if target is None:
-            target = image_pass.logits.detach().argmax(dim=1)
-        else:
-            check_target("target", target, len(x), image_pass.logits.shape[1])
-        target = target.long()
+        target = _classes(image_pass.logits, target)
         heatmap = self._heatmaps(model, x, image_pass, target)
         if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
             warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
@@ -393,6 +385,14 @@ class CGCRegularizer(nn.Module):
             view_logits, key = view_logits.detach(), key.detach()
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
         return CGCOutput(loss, logits, view_logits, view, transform, target, query, key, scalars)
+
+    def _check_closed_form(self) -> None:
+        if self.heatmap != "class_activation":
+            raise ValueError(
+                "`heatmap` must be 'class_activation' to train a model that is sharded by `fully_shard`: the inner "
+                f"gradient of other rules makes it free its weights too early; got {describe(self.heatmap)}. Set "
+                "that, or use DistributedDataParallel."
+            )
 
     def _exposed(self, model: nn.Module) -> ExposedLayer | None:
         """Return the exposed layer of a model that stays compiled; None for one that does not."""
@@ -476,6 +476,14 @@ class CGCRegularizer(nn.Module):
                 f"`loss` must return a scalar tensor, or one of shape ({len(query)},); got {describe(loss)}."
             )
         return loss if loss.ndim == 0 else reduce(loss, self.reduction)
+
+
+def _classes(logits: Tensor, target: Tensor | None) -> Tensor:
+    """Return the class whose heatmap counts for each image, (n,): the one given, or the one predicted."""
+    if target is None:
+        return logits.detach().argmax(dim=1)
+    check_target("target", target, len(logits), logits.shape[1])
+    return target.long()
 
 
 def _check_inputs(x: Tensor, target: Tensor | None, view: Tensor | None, transform: SpatialTransform | None) -> None:
