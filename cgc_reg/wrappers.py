@@ -114,14 +114,23 @@ def without_compilation(model: nn.Module, *, stacklevel: int) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Tell whether the model or a part of it is compiled."""
-    return any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules())
+    return any(
+        _is_compiled(module) or module._compiled_call_impl is not None or _original_forward(module) is not None
+        for module in model.modules()
+    )
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled inside the model, by `torch.compile(module)` or `module.compile()`, as it was written."""
+    """Run what is compiled inside the model as it was written.
+
+    That is by ``torch.compile(module)``, ``module.compile()`` or ``module.forward = torch.compile(module.forward)``.
+    """
     with ExitStack() as stack:
         for module in list(model.modules()):
+            forward = _original_forward(module)
+            if forward is not None:
+                stack.enter_context(attribute(module, "forward", forward))
             if module._compiled_call_impl is not None:
                 stack.enter_context(attribute(module, "_compiled_call_impl", None))
             for name, child in module.named_children():
@@ -157,3 +166,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 def _is_compiled(model: nn.Module) -> bool:
     # By the name of its submodule: importing OptimizedModule would load the compiler, which takes seconds.
     return "_orig_mod" in model._modules
+
+
+def _original_forward(module: nn.Module) -> Any:
+    return getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)

@@ -753,6 +753,12 @@ def compiled_in_place(model):
     return model
 
 
+def compiled_forward(model):
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
 def call(reg, model):
     return reg(model, X)
 
@@ -762,7 +768,7 @@ def compute(reg, model):
 
 
 @pytest.mark.parametrize("run", [call, compute])
-@pytest.mark.parametrize("compiled", [wrapped, compiled_in_place])
+@pytest.mark.parametrize("compiled", [wrapped, compiled_in_place, compiled_forward])
 def test_compiled_model_is_run_uncompiled_with_one_warning(run, compiled):
     model = relu_net(nn.BatchNorm2d)
     eager = run(regularizer(), model)
@@ -785,7 +791,7 @@ def test_warning_about_compilation_points_to_the_call(run):
     assert [record.filename for record in caught] == [__file__]
 
 
-@pytest.mark.parametrize("compiled", [wrapped, compiled_in_place])
+@pytest.mark.parametrize("compiled", [wrapped, compiled_in_place, compiled_forward])
 def test_compiled_model_is_explained(compiled):
     model = relu_net()
     expected = explain(model, X, "features")
