@@ -15,6 +15,7 @@ import torchvision
 from torch import nn
 
 import benchmark
+import budgets
 import image_data
 import models
 import shapes
@@ -314,3 +315,20 @@ def test_pretrained_head_is_replaced():
     models.replace_head(model, 7)
     assert isinstance(model.classifier[3], nn.Linear)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_budgets_are_compared_with_full_price_and_not_repeated(monkeypatch, tmp_path, capsys, folder):
+    tiny = f"--data {folder} --arch small_resnet --image-size 32 --batch-size 4 --epochs 1 --workers 0"
+    monkeypatch.setattr(budgets, "SETTING", tiny)
+    monkeypatch.setattr(budgets, "BUDGETS", dict(list(budgets.BUDGETS.items())[:2]))
+    monkeypatch.setattr(budgets, "METRICS", {"CGC loss": "val_cgc", "content heatmap": "val_similarity"})
+    monkeypatch.setattr(budgets, "GAINS", ["val_cgc"])
+    command = ["--seeds", "0", "--out", str(tmp_path / "runs")]
+    budgets.main(command)
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("| CGC |"))
+    assert "1.000 (1.000 to 1.000)" in row  # full price keeps all of its gain
+    written = (tmp_path / "runs" / "full-0" / "cgc" / "metrics.csv").stat().st_mtime_ns
+    budgets.main(command)
+    assert capsys.readouterr().out == table
+    assert (tmp_path / "runs" / "full-0" / "cgc" / "metrics.csv").stat().st_mtime_ns == written
