@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
+from cgc_reg.graph import reentrant_checkpoint
 from cgc_reg.modes import BatchNormMode, batch_norm_mode, extra_pass
 from cgc_reg.reshape import is_channels_last
 from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
+
+# Models that checkpoint modules whose settings an extra pass changes.
+_CHECKPOINTED: WeakSet[nn.Module] = WeakSet()
+_OWN_PASS: ContextVar[bool] = ContextVar("_OWN_PASS", default=False)
+
+
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """Mark a pass as one of ours, which nobody's loop made."""
+    token = _OWN_PASS.set(True)
+    try:
+        yield
+    finally:
+        _OWN_PASS.reset(token)
+
+
+def is_own_pass() -> bool:
+    """Tell whether the pass going on is one of ours."""
+    return _OWN_PASS.get()
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ def forward_pass(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
     bn_mode: BatchNormMode = "update",
+    replica: bool = False,
 ) -> ForwardPass:
     """Run the model on x and keep what a layer puts out.
 
@@ -52,6 +75,7 @@ def forward_pass(
         bn_mode: what the pass does to normalisation layers in training: ``"update"`` as in any pass; ``"preserve"``
             normalises with the batch's statistics, without updating the running ones; ``"eval"`` normalises with the
             running ones.
+        replica: see :func:`cgc_reg.modes.extra_pass`; found out by the first pass of a model that needs one.
     """
     kept: list[Tensor] = []
     inner_outputs: list[Any] = []
@@ -79,13 +103,20 @@ def forward_pass(
     grad_enabled = torch.is_grad_enabled()
     cache = nullcontext() if grad_enabled else without_autocast_cache()
     inner = unwrap(model)
-    with ExitStack() as from_the_layer_up, cache, uncompiled(model), extra_pass(model, bn_mode) as running:
+    replica = bn_mode != "update" and (replica or inner in _CHECKPOINTED)
+    with (
+        ExitStack() as from_the_layer_up,
+        cache,
+        own_pass(),
+        uncompiled(model),
+        extra_pass(model, bn_mode, replica=replica) as extra,
+    ):
         handles = [find_layer(inner, target_layer).register_forward_hook(keep)]
         if isinstance(model, DistributedDataParallel):
             # Whose own output starts its synchronisation, with a static graph, at the first gradient that it sees.
             handles.append(inner.register_forward_hook(lambda module, args, output: inner_outputs.append(output)))
         try:
-            output = running(x)
+            output = extra.running(x)
             # Also here gradients are on: `output_fn` may compute something.
             logits = find_logits(output, output_fn, len(x))
             inner_logits = find_logits(inner_outputs[0], output_fn, len(x)) if inner_outputs else logits
@@ -96,14 +127,24 @@ def forward_pass(
     if not kept:
         layer = find_layer(inner, target_layer)
         repair = "Name another, or let `suggest_target_layer(model, x)` do so."
-        if isinstance(layer, nn.Sequential) and len(layer):
-            # As timm's gradient checkpointing does.
+        if layer._modules:
+            # As timm's gradient checkpointing does, and models that torch.fx has traced.
             last = f"{target_layer}.{next(reversed(layer._modules))}"
-            repair = f"Where the model calls the parts of a Sequential one by one, name the last part: {last!r}."
+            repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
         raise RuntimeError(
             f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not "
             f"call. {repair}"
         )
+    if extra.checkpointed or (extra.without_gradients and reentrant_checkpoint(inner_logits)):
+        if not replica:
+            _CHECKPOINTED.add(inner)
+            return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode, replica=True)
+        if any(module in extra.changed for module in [*extra.checkpointed, *extra.without_gradients]):
+            raise RuntimeError(
+                "`bn_mode` must be 'update' for this model, which checkpoints modules that it reaches from outside its "
+                f"tree, such as by a list or a patched `forward`; got {bn_mode!r}, which the checkpoint would not heed "
+                "when it runs them again in the backward."
+            )
     if not grad_enabled and not logits.requires_grad:
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
         with torch.enable_grad():
@@ -127,7 +168,7 @@ def exposed_pass(
         exposed: what was compiled.
     """
     cache = nullcontext() if torch.is_grad_enabled() else without_autocast_cache()
-    with cache, batch_norm_mode(model, bn_mode):
+    with cache, own_pass(), batch_norm_mode(model, bn_mode):
         output, layer_output = model(x)
     layer = find_layer(exposed.model, exposed.target_layer)
     logits = find_logits(output, output_fn, len(x))

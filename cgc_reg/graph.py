@@ -39,8 +39,8 @@ def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int)
         if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
             warnings.warn(
                 "A BatchNorm behind `target_layer` normalises with the batch's statistics, so that the score of an "
-                "image depends on the other images, and its heatmap too. Name a layer behind that BatchNorm, or put "
-                "it into evaluation mode with `.eval()`.",
+                "image depends on the other images, and its heatmap too. Put that BatchNorm into evaluation mode with "
+                "`.eval()`, or name a layer behind it that puts out maps.",
                 stacklevel=stacklevel + 1,
             )
             return

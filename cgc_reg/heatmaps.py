@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cgc_reg._checks import check_activation, describe
 from cgc_reg._precision import at_least_float32, without_autocast
@@ -140,7 +141,8 @@ def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create
     """
     # Float16 loses gradients under 6e-8, and a mean over many pixels makes them that small.
     scale = 1024.0 if activation.dtype is torch.float16 else 1.0
-    with torch.enable_grad(), without_autocast(activation):
+    # A checkpoint runs its part again here, and must find the attention that its first run found.
+    with torch.enable_grad(), without_autocast(activation), sdpa_kernel(SDPBackend.MATH):
         score = logits.gather(1, target[:, None]).sum() * scale
         if not score.requires_grad:
             return None

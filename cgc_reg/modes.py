@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,44 +23,101 @@ def without_broadcast(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[None]:
-    """Change what normalisation layers in training do with their running statistics, and change it back.
+def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[list[nn.Module]]:
+    """Run a pass that is not the step's own: without a trace in any buffer, unless the mode is "update".
 
-    The statistics are kept by never being written: copying them back afterwards would be seen by autograd as a
-    change to what it saved.
+    Running statistics are kept by never being written, and other buffers by lending copies: writing them back
+    afterwards would be seen by autograd as a change to what it saved.
+
+    Yields:
+        The modules whose settings or buffers are other ones now.
     """
+    changed: list[nn.Module] = []
+    copies: dict[Tensor, Tensor] = {}  # a buffer that two modules share has one copy
     with ExitStack() as stack:
         for module in model.modules() if mode != "update" else ():
-            if not isinstance(module, _NormBase) or not module.training or not module.track_running_stats:
-                continue
-            if mode == "eval":
+            norm = isinstance(module, _NormBase) or hasattr(module, "running_mean")  # a scripted one has no class
+            keeps_statistics = norm and module.training and module.running_mean is not None
+            if keeps_statistics and mode == "eval":
                 stack.enter_context(attribute(module, "training", False))
-                # Autograd keeps these by reference, and a later pass may overwrite them before the backward.
-                for name in ("running_mean", "running_var"):
-                    stack.enter_context(attribute(module, name, getattr(module, name).clone()))
-            elif isinstance(module, _BatchNorm):
+            if norm and not keeps_statistics:
+                continue
+            if keeps_statistics and mode == "preserve" and _is_torchs_batch_norm(module):
                 stack.enter_context(attribute(module, "track_running_stats", False))
-            else:  # InstanceNorm writes to whatever running statistics it holds.
-                stack.enter_context(attribute(module, "running_mean", None))
-                stack.enter_context(attribute(module, "running_var", None))
-        yield
+                changed.append(module)
+                continue
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer not in copies:
+                    copies[buffer] = buffer.clone()
+                stack.enter_context(_buffer(module, name, copies[buffer]))
+                changed.append(module)
+        yield changed
+
+
+def _is_torchs_batch_norm(module: nn.Module) -> bool:
+    """Tell whether a module heeds `track_running_stats`, which a forward of somebody's own need not."""
+    return isinstance(module, _BatchNorm) and type(module).forward.__module__.startswith("torch.")
 
 
 @contextmanager
-def extra_pass(model: nn.Module, mode: BatchNormMode) -> Iterator[nn.Module]:
-    """Yield what to run instead of the model in a pass that is not the step's own.
+def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    if isinstance(module, torch.jit.ScriptModule):  # whose buffers live elsewhere
+        with attribute(module, name, value):
+            yield
+        return
+    before = module._buffers[name]
+    module._buffers[name] = value
+    try:
+        yield
+    finally:
+        module._buffers[name] = before
 
-    Gradient checkpointing calls parts of the model again during the backward, when this context has ended. So that it
-    finds them as they are now, the pass goes through a replica, which keeps its settings.
+
+@dataclass
+class ExtraPass:
+    """What to run in a pass that is not the step's own, and what it showed about gradient checkpointing."""
+
+    running: nn.Module
+    changed: list[nn.Module]
+    checkpointed: list[nn.Module] = field(default_factory=list)  # changed modules that a checkpoint will run again
+    without_gradients: list[nn.Module] = field(default_factory=list)  # and those that a reentrant one may
+
+
+@contextmanager
+def extra_pass(model: nn.Module, mode: BatchNormMode, *, replica: bool) -> Iterator[ExtraPass]:
+    """Prepare a pass in a mode of its own.
+
+    Args:
+        model: wrapped or not.
+        mode: see :func:`batch_norm_mode`.
+        replica: run a copy of the tree of modules, which keeps the settings when this context has ended. Gradient
+            checkpointing, which runs modules again during the backward, then finds them as they are now. Not for other
+            models: hooks and closures may reach the original, and would miss what the replica's forward stores.
     """
-    with batch_norm_mode(model, mode), ExitStack() as stack:
-        if mode == "update":
-            yield model
-        elif isinstance(model, DistributedDataParallel):  # whose own attributes change from pass to pass
+    grad_enabled = torch.is_grad_enabled()
+    with batch_norm_mode(model, mode) as changed, ExitStack() as stack:
+        extra = ExtraPass(model, changed)
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if _inside_checkpoint():
+                extra.checkpointed.append(module)
+            elif grad_enabled and not torch.is_grad_enabled():
+                extra.without_gradients.append(module)
+
+        for module in changed:
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_hook(look).remove)
+        if replica and isinstance(model, DistributedDataParallel):  # whose own attributes change from pass to pass
             stack.enter_context(attribute(model, "module", _replicate(model.module, {})))
-            yield model
-        else:
-            yield _replicate(model, {})
+        elif replica:
+            extra.running = _replicate(model, {})
+        yield extra
+
+
+def _inside_checkpoint() -> bool:
+    """Tell whether a non-reentrant checkpoint is being recorded; torch 2.6 cannot tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)(False)
+    return top is not None and "checkpoint" in top[0].__qualname__
 
 
 def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -69,19 +127,15 @@ def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module
         module: root of the tree.
         made: replicas so far, so that a module that appears twice has one.
     """
-    if not module._modules and not module._buffers:  # nothing of its own that a mode would change
-        return module
     if isinstance(module, torch.jit.ScriptModule):  # is no tree of Python objects
+        return module
+    if not module._modules and not module._buffers:  # nothing of its own that a mode would change
         return module
     if module not in made:
         replica = made[module] = object.__new__(type(module))
         replica.__dict__ = {
             **vars(module),
-            # Normalisation layers have been taken care of; copying hundreds of their buffers would cost something.
-            "_buffers": {
-                name: buffer if isinstance(module, _NormBase) or buffer is None else buffer.clone()
-                for name, buffer in module._buffers.items()
-            },
+            "_buffers": dict(module._buffers),
             "_modules": {
                 name: None if child is None else _replicate(child, made) for name, child in module._modules.items()
             },

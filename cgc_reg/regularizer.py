@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -291,8 +291,9 @@ class CGCRegularizer(nn.Module):
         """Let ``reg(model, x)`` use the loop's own pass over x: two passes a step, with both lines as they are.
 
         What is reused is a pass of this model over this very tensor, made inside the ``with`` block with gradients on.
-        Everything else is computed as ever: other tensors, copies of x, tensors changed in place since, compiled
-        models. The passes are kept until the block ends, so open one for each step.
+        Everything else is computed as ever: other tensors, copies of x; a pass since which x, the weights, the training
+        mode or autocast have changed; compiled models. The passes are kept until the block ends, so open one for each
+        step. Both lines share a graph: sum the losses before the backward.
 
         Args:
             model: the model being trained, wrapped or not.
@@ -319,6 +320,10 @@ class CGCRegularizer(nn.Module):
                 yield
             finally:
                 self._kept.remove(kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the passes that `reuse` keeps, for a copy made meanwhile."""
+        return {**self.__dict__, "_kept": []}
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
@@ -407,14 +412,11 @@ class CGCRegularizer(nn.Module):
 
     def _pass(self, model: nn.Module, images: Tensor, layer: str, bn_mode: BatchNormMode) -> ForwardPass:
         exposed = self._exposed(model)
-        with ExitStack() as stack:
-            for kept in self._kept:
-                stack.enter_context(kept.pause())
-            if exposed is not None:
-                return exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
-            if not isinstance(model, DistributedDataParallel):
-                model = unwrap(model)
-            return forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+        if exposed is not None:
+            return exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
+        if not isinstance(model, DistributedDataParallel):
+            model = unwrap(model)
+        return forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
 
     def _layer(self, model: nn.Module, x: Tensor) -> str:
         exposed = self._exposed(model)

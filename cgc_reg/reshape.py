@@ -59,9 +59,14 @@ class TokensToMaps:
 def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
     """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
 
-    It is when the last layer inside that has weights works on the last dimension, and its width is found there alone.
+    It is when the last layer inside that has weights works on the last dimension, and its width is found there alone. A
+    single vector of weights, such as a LayerScale's, does not tell.
     """
-    last = [module for module in layer.modules() if any(True for _ in module.parameters(recurse=False))][-1:]
+    last = [
+        module
+        for module in layer.modules()
+        if isinstance(module, nn.LayerNorm) or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    ][-1:]
     width = next(
         (
             m.out_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cgc_reg.capture import ForwardPass, find_logits
+from cgc_reg.capture import ForwardPass, find_logits, is_own_pass
 from cgc_reg.reshape import is_channels_last
 from cgc_reg.wrappers import find_layer, is_compiled, unwrap
 
 
 @dataclass
 class KeptPass:
-    """A pass as it goes: what the model was given, and what it and its layer put out."""
+    """A pass as it goes: what the model was given and how it stood, and what it and its layer put out."""
 
     x: Tensor
-    version: int
+    state: tuple[object, ...]
     layer_outputs: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     inner_output: Any = None
     output: Any = None
@@ -33,21 +33,11 @@ class KeptPasses:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.passes: list[KeptPass] = []
-        self.paused = False
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Do not keep the regularizer's own passes."""
-        before, self.paused = self.paused, True
-        try:
-            yield
-        finally:
-            self.paused = before
 
     def find(self, model: nn.Module, x: Tensor, output_fn: Callable[[Any], Tensor] | None) -> ForwardPass | None:
-        """Return the pass of this model over this very tensor, unchanged since; None if there is none."""
+        """Return the pass of this model over this very tensor, since which nothing has changed; None without one."""
         for kept in reversed(self.passes):
-            if model is self.model and kept.x is x and kept.version == x._version:
+            if model is self.model and kept.x is x and kept.state == _state(model, x):
                 logits = find_logits(kept.output, output_fn, len(x))
                 inner_logits = find_logits(kept.inner_output, output_fn, len(x))
                 (layer, layer_output), *_ = kept.layer_outputs
@@ -55,12 +45,45 @@ class KeptPasses:
         return None
 
 
+def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
+    """Return what decides a pass besides its input: to be compared, not read."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (
+        x._version,
+        *(parameter._version for parameter in model.parameters()),
+        *(module.training for module in model.modules()),
+        torch.get_autocast_dtype(device) if autocast else None,
+    )
+
+
+class _Hook:
+    """A hook that a copy of its module does without."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    """Stand where a hook stood."""
+
+
 @contextmanager
 def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
     """Keep each pass of the model that can be reused: over one tensor, with a graph below and above the layer.
 
     A compiled model is left alone, since hooks would make it compile again; so are passes without gradients, with
-    other arguments, or that call the layer never or twice. The regularizer makes its own pass then.
+    other arguments, or that call the layer never or twice, and the regularizers' own. They make theirs then.
 
     Args:
         model: wrapped or not.
@@ -76,14 +99,9 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         going.clear()
-        if (
-            not kept.paused
-            and torch.is_grad_enabled()
-            and not kwargs
-            and len(args) == 1
-            and isinstance(args[0], Tensor)
-        ):
-            going.append(KeptPass(args[0], args[0]._version))
+        plain = len(args) == 1 and isinstance(args[0], Tensor) and not args[0].is_inference() and not kwargs
+        if plain and torch.is_grad_enabled() and not is_own_pass():
+            going.append(KeptPass(args[0], _state(model, args[0])))
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
         if not going or not isinstance(output, Tensor) or not output.requires_grad:
@@ -107,10 +125,10 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
 
     with ExitStack() as above_the_layer, ExitStack() as hooks:
         for handle in (
-            model.register_forward_pre_hook(begin, with_kwargs=True),
-            layer.register_forward_hook(keep),
-            inner.register_forward_hook(end_inside),
-            model.register_forward_hook(end, always_call=True),  # also when the pass raises
+            model.register_forward_pre_hook(_Hook(begin), with_kwargs=True),
+            layer.register_forward_hook(_Hook(keep)),
+            inner.register_forward_hook(_Hook(end_inside)),
+            model.register_forward_hook(_Hook(end), always_call=True),  # also when the pass raises
         ):
             hooks.callback(handle.remove)
         try:

@@ -56,6 +56,8 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
         stack.enter_context(without_autocast_cache())
         stack.enter_context(uncompiled(model))
         output = model(x)
+    # Tokens inside a layer that puts out a map are that layer's own affair.
+    tokens = [name for name in tokens if not any(name.startswith(f"{outer}.") for outer, _, _ in maps)]
     classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
     while len(maps) > 1 and isinstance(maps[-1][1], nn.Conv2d) and maps[-1][2].shape[1] == classes:
         maps.pop()

@@ -365,3 +365,94 @@ def test_a_scripted_part_runs_as_it_is():
     plain.load_state_dict(model.state_dict())
     model.features[0] = torch.jit.trace(model.features[0], X)
     assert_same(call(regularizer(), model), call(regularizer(), plain))
+
+
+class StoringNet(GapNet):
+    """A net whose hook, bound to the net, stores what its forward reads, and whose forward stores for others."""
+
+    def __init__(self):
+        super().__init__(*relu_net().features, head=nn.Linear(8, 5))
+        self.gate = nn.Linear(6, 8)
+        self.features[2].register_forward_hook(self.store)
+
+    def store(self, module, args, output):
+        self.early = output
+
+    def forward(self, x):
+        maps = self.features(x)
+        self.grid = tuple(maps.shape[2:])
+        return self.head(maps.mean(dim=(2, 3)) * self.gate(self.early.mean(dim=(2, 3))))
+
+
+@modes
+def test_what_a_forward_stores_on_the_model_is_of_its_own_pass(bn_mode):
+    model, grids = StoringNet(), []
+    out = CGCRegularizer(
+        "features", bn_mode=bn_mode, view_size=(8, 12), reshape_transform=lambda a: grids.append(model.grid) or a
+    ).compute(model, X)
+    assert set(grids) == {(4, 4), (2, 3)}
+    assert_same(out.view_logits, model(out.view))
+
+
+@calls
+@modes
+def test_users_hooks_get_the_users_modules(run, bn_mode):
+    model = batch_norm_net()
+    names = {module: name for name, module in model.named_modules()}
+    seen = set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: seen.add(names[module]))
+    run(regularizer(bn_mode=bn_mode), model)
+    assert seen == set(names.values())
+
+
+class GhostNorm(nn.BatchNorm2d):
+    """A norm that writes to its statistics itself, whatever `track_running_stats` says."""
+
+    def forward(self, x):
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        return torch.cat([F.batch_norm(part, *statistics, self.training, self.momentum) for part in x.chunk(2)])
+
+
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+def test_a_norm_with_a_forward_of_its_own_keeps_its_statistics_too(bn_mode):
+    model = relu_net(GhostNorm)
+    before = buffers_of(model)
+    call(regularizer(bn_mode=bn_mode), model).backward()
+    assert_same(buffers_of(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # deprecated, and still in users' models
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+def test_a_scripted_norm_keeps_its_statistics_too(bn_mode):
+    model = relu_net(nn.BatchNorm2d)
+    twin = relu_net(nn.BatchNorm2d)
+    twin.load_state_dict(model.state_dict())
+    model.features[1] = torch.jit.script(model.features[1])
+    before = buffers_of(model)
+    assert_same(call(regularizer(bn_mode=bn_mode), model), call(regularizer(bn_mode=bn_mode), twin))
+    assert_same(buffers_of(model), before)
+    assert model.features[1].training
+
+
+def test_a_buffer_of_two_modules_is_one_buffer_in_an_extra_pass():
+    class Counting(nn.Module):
+        def forward(self, x):
+            self.count.add_(1)
+            return x * self.other.count
+
+    model = relu_net()
+    counting = model.features[2] = Counting()
+    counting.register_buffer("count", torch.ones(()))
+    counting.other = nn.Module()
+    counting.other.register_buffer("count", counting.count)
+    out = regularizer().compute(model, X)
+    assert counting.count == 2  # of the step's own pass
+    assert_same(out.view_logits, relu_twice(model, out.view))
+
+
+def relu_twice(model, x):
+    """Run the net on x with its counter at two, as in the extra pass after the step's own."""
+    model.features[2].count.fill_(2)
+    return model(x)

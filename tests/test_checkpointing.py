@@ -105,3 +105,29 @@ def test_timm_checkpointing_calls_the_parts_of_a_stage_and_the_error_names_the_l
         loss.backward()
     for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+def test_a_checkpoint_around_the_tree_is_refused(reentrant, bn_mode):
+    """What the model reaches by a patched forward, no replica of its tree can replace."""
+    model = StagedNet().double()
+    plain = model.stem.forward
+    model.stem.forward = lambda x: checkpoint(plain, x, use_reentrant=reentrant)
+    reg = CGCRegularizer("body", bn_mode=bn_mode, generator=generator(0))
+    with pytest.raises(RuntimeError, match="`bn_mode` must be 'update' for this model"):
+        reg(model, X.clone().requires_grad_())
+
+
+def test_a_trunk_without_gradients_is_no_checkpoint():
+    model = StagedNet().double()
+    stem = model.stem.forward
+
+    def frozen(x):
+        with torch.no_grad():
+            return stem(x)
+
+    model.stem.forward = frozen
+    CGCRegularizer("body")(model, X).backward()
+    assert model.stem[0].weight.grad is None
+    assert model.body[0].weight.grad.norm() > 0

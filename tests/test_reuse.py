@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -191,3 +192,80 @@ def test_the_layer_must_be_known():
         CGCRegularizer(None).reuse(relu_net()),
     ):
         pass
+
+
+def test_the_passes_of_another_regularizer_are_not_kept():
+    model = relu_net(nn.BatchNorm2d)
+    model.features[1].running_mean.normal_()
+    other = CGCRegularizer("features.4", bn_mode="eval", generator=generator(1))
+    reg = regularizer()
+    with reg.reuse(model), other.reuse(model):
+        model(X)
+        other(model, X)
+        loss = reg(model, X)
+        assert [len(kept.passes) for kept in (*reg._kept, *other._kept)] == [1, 1]
+    assert_same(loss, regularizer()(model, X))
+
+
+def evaluated(model):
+    model.eval()
+    model(X)
+    model.train()
+
+
+def moved(model):
+    model(X)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+
+
+def in_half_precision(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X)
+
+
+@pytest.mark.parametrize("before", [evaluated, moved, in_half_precision])
+def test_a_pass_since_which_the_model_has_changed_is_computed(before):
+    model = relu_net(nn.BatchNorm2d)
+    reg = regularizer()
+    with reg.reuse(model):
+        before(model)
+        passes = counted(model)
+        loss = reg(model, X)
+    assert len(passes) == 2
+    assert_same(loss, regularizer()(model, X))
+
+
+def test_copies_made_meanwhile_are_free_of_the_block():
+    model, reg = relu_net(), regularizer()
+    with reg.reuse(model):
+        model(X)
+        twin, other = copy.deepcopy(reg), copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(2)
+        other(X)
+        loss = reg(model, X)
+        pickle.dumps(model)
+    assert twin._kept == []
+    assert_same(loss, regularizer()(model, X))
+    trace = weakref.ref(other(X.clone()))
+    gc.collect()
+    assert trace() is None
+
+
+def test_inference_tensors_are_computed():
+    model, reg = relu_net(), regularizer()
+    with torch.inference_mode():
+        x = X + 0
+    model.features.insert(0, Centred())
+    with reg.reuse(model):
+        model(x)
+        assert_same(reg(model, x), regularizer()(model, X))
+
+
+class Centred(nn.Module):
+    """Takes inference tensors too, which cannot be saved for a backward."""
+
+    def forward(self, x):
+        return x - 0.5
