@@ -59,7 +59,6 @@ def forward_pass(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
     bn_mode: BatchNormMode = "update",
-    replica: bool = False,
 ) -> ForwardPass:
     """Run the model on x and keep what a layer puts out.
 
@@ -75,7 +74,6 @@ def forward_pass(
         bn_mode: what the pass does to normalisation layers in training: ``"update"`` as in any pass; ``"preserve"``
             normalises with the batch's statistics, without updating the running ones; ``"eval"`` normalises with the
             running ones.
-        replica: see :func:`cgc_reg.modes.extra_pass`; found out by the first pass of a model that needs one.
     """
     kept: list[Tensor] = []
     inner_outputs: list[Any] = []
@@ -103,7 +101,7 @@ def forward_pass(
     grad_enabled = torch.is_grad_enabled()
     cache = nullcontext() if grad_enabled else without_autocast_cache()
     inner = unwrap(model)
-    replica = bn_mode != "update" and (replica or inner in _CHECKPOINTED)
+    replica = bn_mode != "update" and inner in _CHECKPOINTED
     with (
         ExitStack() as from_the_layer_up,
         cache,
@@ -125,20 +123,11 @@ def forward_pass(
                 handle.remove()
             torch.set_grad_enabled(grad_enabled)
     if not kept:
-        layer = find_layer(inner, target_layer)
-        repair = "Name another, or let `suggest_target_layer(model, x)` do so."
-        if layer._modules:
-            # As timm's gradient checkpointing does, and models that torch.fx has traced.
-            last = f"{target_layer}.{next(reversed(layer._modules))}"
-            repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
-        raise RuntimeError(
-            f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not "
-            f"call. {repair}"
-        )
+        raise _not_called(inner, target_layer)
     if extra.checkpointed or (extra.without_gradients and reentrant_checkpoint(inner_logits)):
         if not replica:
             _CHECKPOINTED.add(inner)
-            return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode, replica=True)
+            return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
         if any(module in extra.changed for module in [*extra.checkpointed, *extra.without_gradients]):
             raise RuntimeError(
                 "`bn_mode` must be 'update' for this model, which checkpoints modules that it reaches from outside its "
@@ -150,6 +139,19 @@ def forward_pass(
         with torch.enable_grad():
             return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
     return ForwardPass(logits, inner_logits, kept[0], channels_last)
+
+
+def _not_called(model: nn.Module, target_layer: str) -> RuntimeError:
+    repair = "Name another, or let `suggest_target_layer(model, x)` do so."
+    parts = find_layer(model, target_layer)._modules
+    if parts:
+        # As timm's gradient checkpointing does, and models that torch.fx has traced.
+        last = f"{target_layer}.{next(reversed(parts))}"
+        repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
+    return RuntimeError(
+        f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not call. "
+        f"{repair}"
+    )
 
 
 def exposed_pass(

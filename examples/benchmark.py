@@ -160,7 +160,7 @@ def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
 def describe(args: argparse.Namespace) -> dict[str, str]:
     """Say what was measured, on what."""
     gpu = torch.device(args.device).type == "cuda"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=sys.path[0])  # noqa: S607
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=sys.path[0])
     return {
         "setting": f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}"
         + (", bfloat16 autocast" if args.amp else ""),
