@@ -1,6 +1,7 @@
 """The examples, run as a person would, on data small enough to wait for."""
 
 import csv
+import functools
 import json
 import re
 import signal
@@ -184,7 +185,9 @@ def test_interrupt_keeps_the_last_finished_epoch_and_says_so(folder, tmp_path):
         "--out",
         out,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A background job of a shell ignores Ctrl-C, and so would the children of tests that run in one.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         deadline = time.monotonic() + 120
         while not (out / "cgc" / "metrics.csv").exists() and time.monotonic() < deadline:
@@ -193,6 +196,7 @@ def test_interrupt_keeps_the_last_finished_epoch_and_says_so(folder, tmp_path):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode != 0
     kept = re.search(r"Interrupted: .*last.pt holds epoch (\d+); continue with --resume", errors)
     assert kept, errors
