@@ -2,7 +2,7 @@
 
     python examples/benchmark.py                      # ResNet-18, 224 x 224, batch 32
     python examples/benchmark.py --compile --json cost.json
-    python examples/benchmark.py --batch-size 8 --image-size 96 --repeats 3 --rows compute
+    python examples/benchmark.py --batch-size 8 --image-size 96 --repeats 3 --rows '`reg.compute`'
 
 Prints tables in Markdown: the steps, the parts of a step that are not the model, how these grow, and the transforms
 beside what they replace. The rows of a round run one after the other in one process, every other round in reverse; a
@@ -181,7 +181,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="add compiled rows; on a CPU this needs a C++ compiler")
-    parser.add_argument("--rows", default="", help="only steps whose name holds this, beside the first")
+    parser.add_argument(
+        "--rows", default="", help="only the step of this name, or those whose names hold it, beside the first"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
@@ -202,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     steps = make_steps(args)
     first = next(iter(steps))
-    steps = {name: step for name, step in steps.items() if name == first or args.rows in name}
+    chosen = {args.rows} & steps.keys() or {name for name in steps if args.rows in name}
+    steps = {name: step for name, step in steps.items() if name in {first, *chosen}}
 
     def timed(work: dict[str, Work], repeats: int = args.repeats) -> Seconds:
         return measure(work, repeats=repeats, warmup=args.warmup, device=args.device)
