@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 BatchNormMode = Literal["preserve", "update", "eval"]
@@ -36,7 +36,7 @@ def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[list[nn.M
     copies: dict[Tensor, Tensor] = {}  # a buffer that two modules share has one copy
     with ExitStack() as stack:
         for module in model.modules() if mode != "update" else ():
-            norm = isinstance(module, _NormBase) or hasattr(module, "running_mean")  # a scripted one has no class
+            norm = "running_mean" in module._buffers  # also of a scripted one, which has no class of its own
             keeps_statistics = norm and module.training and module.running_mean is not None
             if keeps_statistics and mode == "eval":
                 stack.enter_context(attribute(module, "training", False))
@@ -46,10 +46,12 @@ def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[list[nn.M
                 stack.enter_context(attribute(module, "track_running_stats", False))
                 changed.append(module)
                 continue
-            for name, buffer in list(module.named_buffers(recurse=False)):
+            buffers = list(module.named_buffers(recurse=False))
+            for name, buffer in buffers:
                 if buffer not in copies:
                     copies[buffer] = buffer.clone()
                 stack.enter_context(_buffer(module, name, copies[buffer]))
+            if buffers:
                 changed.append(module)
         yield changed
 

@@ -94,8 +94,8 @@ class CGCRegularizer(nn.Module):
         negatives: of ``"info_nce"``: ``"keys"`` as above, or ``"official"`` as in the authors' code.
         heatmap_size: (h, w) that both heatmaps are enlarged to first; None: the grid of the view's heatmap.
         view_size: (H, W) of the views; None: as large as x. Smaller views cost less.
-        detach_key: make the keys constants: the view's pass builds no graph and costs a third of one with it, and the
-            loss trains through the queries alone. Its ``view_logits`` train nothing.
+        detach_key: make the keys constants: the view's pass builds no graph and costs less, and the loss trains through
+            the queries alone. The ``view_logits`` train nothing then.
         bn_mode: what extra passes do to BatchNorm in training: ``"preserve"`` normalises with the batch's statistics
             without touching the running ones; ``"update"`` updates them; ``"eval"`` normalises with the running ones.
             Extra are the view's pass and, in ``reg(model, x)``, the pass over x too.
