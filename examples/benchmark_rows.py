@@ -4,56 +4,79 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
 
+from benchmark_timing import Work
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip, consistency, expose_layer, grad_cam, info_nce
 
-Work = Callable[[], object]
 SAMPLER = RandomResizedCropFlip()
 LAM = 0.5
 
+# Rows and parts that other files name.
+ALONE = "cross-entropy on x"
+BOTH_VIEWS = "cross-entropy on both views"
+THREE_VIEWS = "cross-entropy on three views"
+COMPUTE = "`reg.compute`"
+GATHERED = f"{COMPUTE}, `gather_distributed`"
+DRAW, WARP_IMAGES, HEATMAPS = "draw T", "T(x)", "g(x) and g(T(x)), the inner gradient"
+WARP_HEATMAPS, LOSS = "T(g(x))", "loss and scalars"
 
-def make_steps(args: argparse.Namespace) -> dict[str, Work]:
-    """Return one training step for each row, all on one model; the first row is what the others are compared with."""
+
+@dataclass(frozen=True)
+class Row:
+    """A training step, the row whose cross-entropy it shares, and how many steps one call makes."""
+
+    work: Work
+    beside: str = BOTH_VIEWS
+    steps: int = 1
+
+
+def make_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
+    return torchvision.models.get_model(args.model, weights=None, num_classes=10).to(args.device)
+
+
+def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
+    """Return the training steps, all on one model."""
     device = torch.device(args.device)
-    model = torchvision.models.get_model(args.model, weights=None, num_classes=10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
     y = torch.randint(10, (args.batch_size,), device=device)
-    small = (round(0.6 * args.image_size),) * 2
 
-    def step(loss: Callable[[], Tensor]) -> Work:
+    def step(loss: Callable[[], Tensor], amp: bool = False) -> Work:
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 value = loss()
             value.backward()
             optimizer.step()
 
         return run
 
-    def plain(views: int, model: nn.Module = model) -> Work:
+    def plain(views: int, model: nn.Module = model, *, amp: bool = False) -> Work:
         def loss() -> Tensor:
             images = [x, *(draw(x)(x) for _ in range(views - 1))]
             return torch.stack([F.cross_entropy(model(image), y) for image in images]).sum()
 
-        return step(loss)
+        return step(loss, amp)
 
-    def compute(model: nn.Module = model, **options: object) -> Work:
+    def compute(model: nn.Module = model, *, amp: bool = False, share: float = 1.0, **options: object) -> Work:
         reg = CGCRegularizer(args.layer, **options)
+        count = round(share * len(x))
 
         def loss() -> Tensor:
-            out = reg.compute(model, x)
-            return F.cross_entropy(out.logits, y) + LAM * out.loss
+            out = reg.compute(model, x[:count])
+            logits = out.logits if count == len(x) else torch.cat([out.logits, model(x[count:])])
+            return F.cross_entropy(logits, y) + LAM * out.loss
 
-        return step(loss)
+        return step(loss, amp)
 
     drop_in = CGCRegularizer(args.layer)
 
@@ -61,27 +84,42 @@ def make_steps(args: argparse.Namespace) -> dict[str, Work]:
         with drop_in.reuse(model):
             return F.cross_entropy(model(x), y) + LAM * drop_in(model, x)
 
-    steps = {
-        "cross-entropy on both views": plain(2),
-        "cross-entropy on x": plain(1),
-        "cross-entropy on three views": plain(3),
-        "`reg.compute`": compute(),
-        "`reg(model, x)`": step(lambda: F.cross_entropy(model(x), y) + LAM * drop_in(model, x)),
-        "`reg(model, x)` in `reg.reuse(model)`": step(reused),
+    def every_third() -> None:
+        full(), one(), one()
+
+    one, full = plain(1), compute()
+    side = 32 * max(2, round(0.6 * args.image_size / 32))  # a whole number of the heatmap's cells, in most CNNs
+    small = (side, side)
+    rows = {
+        ALONE: Row(one, ALONE),
+        BOTH_VIEWS: Row(plain(2)),
+        THREE_VIEWS: Row(plain(3), THREE_VIEWS),
+        COMPUTE: Row(full),
+        "`reg(model, x)`": Row(step(lambda: F.cross_entropy(model(x), y) + LAM * drop_in(model, x)), THREE_VIEWS),
+        "`reg(model, x)` in `reg.reuse(model)`": Row(step(reused)),
         **{
-            f'`reg.compute`, `"{rule}"`': compute(heatmap=rule)
+            f'{COMPUTE}, `"{rule}"`': Row(compute(heatmap=rule))
             for rule in ("hires_cam", "layer_cam", "positive_grad_cam", "class_activation")
         },
-        "the authors' recipe": step(lambda: authors_loss(model, args.layer, x, y)),
-        "`reg.compute`, views of 0.6 times the side": compute(view_size=small),
-        "`reg.compute`, `detach_key`": compute(detach_key=True),
-        "`reg.compute`, both of these": compute(view_size=small, detach_key=True),
+        "the authors' recipe": Row(step(lambda: authors_loss(model, args.layer, x, y)), THREE_VIEWS),
+        f"{COMPUTE}, views of {side} x {side}": Row(compute(view_size=small), ALONE),
+        f"{COMPUTE}, `detach_key`": Row(compute(detach_key=True), ALONE),
+        f"{COMPUTE}, both of these": Row(compute(view_size=small, detach_key=True), ALONE),
+        f"{COMPUTE} on half of the batch": Row(compute(share=0.5), ALONE),
+        f"{COMPUTE} in every third step": Row(every_third, ALONE, steps=3),
     }
+    if args.amp:
+        both = f"bfloat16: {BOTH_VIEWS}"
+        rows[both] = Row(plain(2, amp=True), both)
+        rows[f"bfloat16: {COMPUTE}"] = Row(compute(amp=True), both)
     if args.compile:
+        both = f"compiled: {BOTH_VIEWS}"
         exposed = torch.compile(expose_layer(model, args.layer))
-        steps["compiled: cross-entropy on both views"] = plain(2, torch.compile(model))
-        steps["compiled: `reg.compute`, exposed layer"] = compute(exposed, heatmap="class_activation")
-    return steps
+        rows[both] = Row(plain(2, torch.compile(model)), both)
+        rows[f"compiled: {COMPUTE}, layer exposed"] = Row(compute(exposed, heatmap="class_activation"), both)
+    if dist.is_initialized():
+        rows[GATHERED] = Row(compute(gather_distributed=True))
+    return rows
 
 
 def draw(x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -148,17 +186,21 @@ def make_parts(batch_size: int, image_size: int, heatmap_size: int, channels: in
     def warp_heatmaps() -> None:
         (transform(maps[0]) * transform.coverage((heatmap_size, heatmap_size))).sum().backward()
 
-    def loss() -> None:
-        info_nce(maps[0], maps[1]).backward()
-        consistency(maps[0].detach(), maps[1].detach())
-
     return {
-        "draw T": lambda: draw(images),
-        "T(x)": lambda: transform(images),
-        "g(x) and g(T(x)), the inner gradient": lambda: (heatmaps(), heatmaps()),
-        "T(g(x))": warp_heatmaps,
-        "loss and scalars": loss,
+        DRAW: lambda: draw(images),
+        WARP_IMAGES: lambda: transform(images),
+        HEATMAPS: lambda: (heatmaps(), heatmaps()),
+        WARP_HEATMAPS: warp_heatmaps,
+        LOSS: make_loss(*maps),
     }
+
+
+def make_loss(query: Tensor, key: Tensor, *, gather_distributed: bool = False) -> Work:
+    def loss() -> None:
+        info_nce(query, key, gather_distributed=gather_distributed).backward()
+        consistency(query.detach(), key.detach())
+
+    return loss
 
 
 def make_transforms(batch_size: int, device: str) -> dict[str, Work]:
