@@ -1,11 +1,11 @@
-"""Data sets for the examples: Imagenette, any folder of class folders, and the built-in shapes."""
+"""What data sets are made of, and the plain ones: a folder of class folders, Imagenette, the built-in shapes."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
 
@@ -31,26 +32,12 @@ class DataError(Exception):
 
 @dataclass
 class Data:
-    """A data set of normalised images; validation items of the shapes carry the object's mask."""
+    """A data set of normalised images; where the place of the object is known, validation items carry its mask."""
 
     train: Dataset[Any]
     validation: Dataset[Any]
     classes: list[str]
     labels: list[int]  # of the training images
-
-
-def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int) -> Data:
-    """Load ``"imagenette"``, ``"shapes"``, or the folder of that name."""
-    if name == "shapes":
-        return load_shapes(image_size=image_size, seed=seed)
-    if name == "imagenette":
-        with processes.writer_first():
-            folder = download_imagenette(root, size)
-    else:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise DataError(f"there is no folder {folder}; {ALTERNATIVES}.")
-    return load_folder(folder, image_size=image_size)
 
 
 def load_shapes(*, image_size: int, seed: int, train: int = 8192, validation: int = 1024) -> Data:
@@ -64,11 +51,12 @@ def load_shapes(*, image_size: int, seed: int, train: int = 8192, validation: in
     return Data(train_set, validation_set, list(CLASSES), train_set.labels.tolist())
 
 
-def load_folder(folder: Path, *, image_size: int) -> Data:
+def load_folder(folder: Path, image_size: int) -> Data:
     """Load the images in folder/train/CLASS and folder/val/CLASS."""
-    augment = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip(), *normalize()])
-    centre = v2.Compose([v2.Resize(round(image_size * 8 / 7)), v2.CenterCrop(image_size), *normalize()])
-    train, validation = open_split(folder / "train", augment), open_split(folder / "val", centre)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; {ALTERNATIVES}.")
+    train = open_split(folder / "train", random_crop(image_size))
+    validation = open_split(folder / "val", centre_crop(image_size))
     if train.classes != validation.classes:
         different = sorted(set(train.classes) ^ set(validation.classes))
         raise DataError(
@@ -98,22 +86,78 @@ def open_image(path: str) -> Image.Image:
         raise DataError(f"the image {path} cannot be read ({error}); repair or remove it.") from None
 
 
-def download_imagenette(root: Path, size: str) -> Path:
-    """Return Imagenette's folder, fetched with a progress bar if it is missing."""
+class ImageFiles(Dataset[Any]):
+    """Image files as (image, class), or as (image, class, mask) where the object's box is known.
+
+    Args:
+        files: path and class of each image.
+        transform: from a PIL image, or from it and its box, to what the data set gives.
+        boxes: left, top, right and bottom edge of each object, in pixels of its image file.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, int]],
+        transform: Callable[..., Any],
+        boxes: Sequence[tuple[float, float, float, float]] | None = None,
+    ) -> None:
+        self.files = files
+        self.transform = transform
+        self.boxes = boxes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        path, label = self.files[index]
+        image = open_image(path)
+        if self.boxes is None:
+            return self.transform(image), label
+        box = tv_tensors.BoundingBoxes(self.boxes[index], format="XYXY", canvas_size=(image.height, image.width))
+        image, box = self.transform(image, box)
+        return image, label, box_mask(box, image.shape[1:])
+
+
+def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
+    """Mark the pixels whose centre lies in the box (1, 4), bool (height, width)."""
+    left, top, right, bottom = box[0]
+    y, x = (torch.arange(length) + 0.5 for length in size)
+    return ((top <= y) & (y < bottom))[:, None] & ((left <= x) & (x < right))
+
+
+def load_imagenette(root: Path, size: str, image_size: int) -> Data:
+    """Load Imagenette, fetched if it is missing."""
     folder = root / IMAGENETTE_FOLDERS[size]
-    if folder.is_dir():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    # Into a folder of its own first, so that an interrupted download is not taken for the data set.
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        try:
-            Imagenette(scratch, split="train", size=size, download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"Imagenette cannot be downloaded ({error}); connect to a network, or {ALTERNATIVES}."
-            ) from None
-        os.replace(Path(scratch) / folder.name, folder)
-    return folder
+    fetch("Imagenette", folder, lambda place: Imagenette(place, split="train", size=size, download=True))
+    return load_folder(folder, image_size)
+
+
+def fetch(title: str, folder: Path, download: Callable[[str], Any]) -> None:
+    """Download a data set's folder, with a progress bar, if it is missing."""
+    with processes.writer_first():
+        if folder.is_dir():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere first, so that an interrupted download is not taken for the data set.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            try:
+                download(scratch)
+            except (OSError, RuntimeError) as error:
+                raise DataError(
+                    f"{title} cannot be downloaded ({error}); connect to a network, put it into {folder}, or "
+                    f"{ALTERNATIVES}."
+                ) from None
+            os.replace(Path(scratch) / folder.name, folder)
+
+
+def random_crop(image_size: int) -> v2.Compose:
+    """Augment a training image."""
+    return v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip(), *normalize()])
+
+
+def centre_crop(image_size: int) -> v2.Compose:
+    """Prepare a validation image."""
+    return v2.Compose([v2.Resize(round(image_size * 8 / 7)), v2.CenterCrop(image_size), *normalize()])
 
 
 def normalize() -> list[Callable[[Any], Any]]:

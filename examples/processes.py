@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -92,6 +92,13 @@ def parallel(model: nn.Module) -> nn.Module:
     # (https://github.com/pytorch/pytorch/issues/175024). Training does not read them: see `average_buffers`.
     wrapped.broadcast_buffers = False
     return wrapped
+
+
+def total_tensor(values: Tensor) -> Tensor:
+    """Add up a tensor over all processes."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 @torch.no_grad()

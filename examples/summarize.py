@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROWS = {
     "top-1 accuracy": "val_top1",
+    "balanced accuracy": "val_balanced_accuracy",
     "CGC loss": "val_cgc",
     "similarity of T(g(x)) and g(T(x))": "val_similarity",
     "margin over other images": "val_margin",

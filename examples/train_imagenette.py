@@ -2,6 +2,7 @@
 
     python examples/train_imagenette.py                                  # ResNet-18 on Imagenette
     python examples/train_imagenette.py --data shapes --compare          # built-in data, with and without CGC
+    python examples/train_imagenette.py --data cub200 --arch resnet50 --pretrained
     python examples/train_imagenette.py --data DIR --labeled-fraction 0.1
     torchrun --nproc_per_node 2 examples/train_imagenette.py             # in two processes
 
@@ -31,7 +32,8 @@ import processes
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip, content_heatmap, explain, suggest_target_layer
 from cgc_reg.visualization import curves, gallery, overlay
 from checkpoint import load_checkpoint, save_checkpoint, write_history, write_whole
-from image_data import IMAGENETTE_FOLDERS, Data, DataError, denormalize, load_data, split_labeled
+from data_sets import CHOICES, default_image_size, load_data
+from image_data import IMAGENETTE_FOLDERS, Data, DataError, denormalize, split_labeled
 from models import build_model
 
 PANELS = {
@@ -47,13 +49,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", default="imagenette", help="imagenette, shapes (built in), or a folder with train/ and val/"
-    )
-    data.add_argument("--root", type=Path, default=Path("data"), help="where Imagenette is kept")
+    data.add_argument("--data", default="imagenette", help=f"{CHOICES}, or a folder with train/ and val/")
+    data.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets that come as files")
     data.add_argument("--size", choices=IMAGENETTE_FOLDERS, default="160px", help="which Imagenette")
     data.add_argument(
-        "--image-size", type=int, help="side of the images in pixels (default: 64 for shapes, 128 for 160px, else 224)"
+        "--image-size",
+        type=int,
+        help="side of the images in pixels (default: 64 for shapes, 128 for 160px and elpv, else 224)",
     )
     data.add_argument(
         "--labeled-fraction",
@@ -94,9 +96,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--resume", action="store_true", help="continue the run in --out, if it was started")
     args = parser.parse_args(argv)
     if args.image_size is None:
-        args.image_size = (
-            64 if args.data == "shapes" else 128 if (args.data, args.size) == ("imagenette", "160px") else 224
-        )
+        args.image_size = default_image_size(args.data, args.size)
     if args.out is None:
         args.out = Path("runs") / Path(args.data).name
     for name in ("epochs", "batch_size", "image_size", "temperature", "lr"):
@@ -235,7 +235,7 @@ def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]
     """Measure accuracy and heatmaps on the validation images; the views are the same in every epoch."""
     model = run.model.eval()
     reg = CGCRegularizer(run.regularizer.target_layer, generator=torch.Generator().manual_seed(processes.rank()))
-    total = Mean()
+    total, recall = Mean(), Recall(len(data.classes), args.device)
     # Each image in one process; a DistributedSampler would make the shares equal by taking some twice.
     share = Subset(data.validation, range(processes.rank(), len(data.validation), processes.count()))
     loader = make_loader(args, share, epoch=0, shuffle=False)
@@ -262,11 +262,13 @@ def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]
                 top1=accuracy(logits, y, 1),
                 top5=accuracy(logits, y, 5),
             )
+            recall.add(logits, y)
             if mask:
                 on_object = content_heatmap(explain(model, x, reg.target_layer), mask[0].to(args.device))
                 total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean())
                 total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
-    return {f"val_{name}": value for name, value in total.over_processes().averages().items()}
+    measured = total.over_processes().averages() | {"balanced_accuracy": recall.over_processes().mean()}
+    return {f"val_{name}": value for name, value in measured.items()}
 
 
 def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
@@ -428,6 +430,29 @@ class Mean:
         return {name: round(float(total) / self.counts[name], 6) for name, total in self.sums.items()}
 
 
+class Recall:
+    """Of the images of each class, the share that is given that class."""
+
+    def __init__(self, classes: int, device: str) -> None:
+        self.hits = torch.zeros(classes, dtype=torch.long, device=device)
+        self.counts = torch.zeros_like(self.hits)
+
+    def add(self, logits: Tensor, y: Tensor) -> None:
+        of_class = F.one_hot(y, len(self.counts))
+        self.counts += of_class.sum(dim=0)
+        self.hits += (of_class * (logits.argmax(dim=1) == y)[:, None]).sum(dim=0)
+
+    def over_processes(self) -> Recall:
+        """Take in what the other processes measured."""
+        self.hits, self.counts = (processes.total_tensor(values) for values in (self.hits, self.counts))
+        return self
+
+    def mean(self) -> float:
+        """Return the balanced accuracy: the mean over the classes that there were images of."""
+        there = self.counts > 0
+        return round(float((self.hits[there] / self.counts[there]).mean()), 6)
+
+
 # What the end shows.
 
 Pictures = dict[str, Tensor]
@@ -451,6 +476,7 @@ def print_table(runs: dict[str, Run]) -> None:
     rows = {
         "top-1 accuracy": "val_top1",
         "top-5 accuracy": "val_top5",
+        "balanced accuracy": "val_balanced_accuracy",
         "CGC loss": "val_cgc",
         "similarity of T(g(x)) and g(T(x))": "val_similarity",
         "margin over other images": "val_margin",

@@ -26,6 +26,7 @@ import summarize
 import train_imagenette
 import visualize
 from checkpoint import write_whole
+from data_sets import load_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -96,7 +97,7 @@ def test_shapes_masks_lie_on_the_object():
 @pytest.mark.parametrize("size", image_data.IMAGENETTE_FOLDERS)
 def test_imagenette_is_taken_from_its_own_layout(folder, size):
     folder.rename(folder.parent / image_data.IMAGENETTE_FOLDERS[size])
-    data = image_data.load_data("imagenette", root=folder.parent, size=size, image_size=32, seed=0)
+    data = load_data("imagenette", root=folder.parent, size=size, image_size=32, seed=0)
     assert data.classes == ["n01440764", "n02102040"]
     assert (len(data.train), len(data.validation)) == (16, 8)
     # torchvision reads the same folder as its own data set.

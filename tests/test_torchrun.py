@@ -178,6 +178,9 @@ def test_validation_is_that_of_one_process_over_all_images(whole):
         "val_cross_entropy": cross_entropy(logits, y),
         "val_top1": (logits.argmax(dim=1) == y).float().mean(),
         "val_top5": (logits.topk(5).indices == y[:, None]).sum() / VALIDATION,
+        "val_balanced_accuracy": torch.stack(
+            [(logits.argmax(dim=1) == y)[y == c].float().mean() for c in y.unique()]
+        ).mean(),
         "val_content_heatmap": on_object.nanmean(),
         "val_mostly_off_object": 1 - (on_object >= 0.5).float().mean(),
         "val_cgc": torch.stack([cgc_of_share(model, saved["layer"], validation, i) for i in range(PROCESSES)]).mean(),

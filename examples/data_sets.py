@@ -1,0 +1,47 @@
+"""The data sets that `--data` knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from elpv import load_elpv
+from fine_grained import load_cub200, load_fgvc_aircraft, load_flowers102, load_stanford_cars
+from image_data import Data, load_folder, load_imagenette, load_shapes
+
+
+class DataSet(NamedTuple):
+    """What to say of a data set, the side of its images in pixels, and how to load it."""
+
+    about: str
+    image_size: int
+    load: Callable[..., Data]
+
+
+DATA_SETS = {
+    "imagenette": DataSet(
+        "ten classes of ImageNet", 224, lambda root, size, image_size, **_: load_imagenette(root, size, image_size)
+    ),
+    "shapes": DataSet("built in", 64, lambda image_size, seed, **_: load_shapes(image_size=image_size, seed=seed)),
+    "cub200": DataSet("CUB-200-2011, birds", 224, lambda root, image_size, **_: load_cub200(root, image_size)),
+    "flowers102": DataSet("Oxford 102 Flowers", 224, lambda root, image_size, **_: load_flowers102(root, image_size)),
+    "fgvc-aircraft": DataSet("FGVC-Aircraft", 224, lambda root, image_size, **_: load_fgvc_aircraft(root, image_size)),
+    "stanford-cars": DataSet("Stanford Cars", 224, lambda root, image_size, **_: load_stanford_cars(root, image_size)),
+    "elpv": DataSet("solar cells; CC BY-NC-SA 4.0", 128, lambda image_size, **_: load_elpv(image_size)),
+}
+CHOICES = ", ".join(f"{name} ({data_set.about})" for name, data_set in DATA_SETS.items())
+
+
+def default_image_size(name: str, size: str) -> int:
+    """Return the side of the images where none is asked for, in pixels."""
+    if (name, size) == ("imagenette", "160px"):
+        return 128
+    return DATA_SETS[name].image_size if name in DATA_SETS else 224
+
+
+def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int) -> Data:
+    """Load the data set of that name, or else the folder."""
+    if name in DATA_SETS:
+        return DATA_SETS[name].load(root=root, size=size, image_size=image_size, seed=seed)
+    return load_folder(Path(name), image_size)
