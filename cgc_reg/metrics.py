@@ -1,49 +1,165 @@
-"""How consistent heatmaps are, and how much of them lies on the object."""
+"""How consistent heatmaps are, and how much of them lies on the object: of a batch, and of a whole data set."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgc_reg._checks import check_maps, check_pair, describe
+from cgc_reg._checks import check_maps, check_pair, check_positive, check_size, describe
 from cgc_reg._precision import at_least_float32, without_autocast
-from cgc_reg.losses import unit_maps
+from cgc_reg.losses import info_nce, unit_maps
+
+Sums = dict[str, Any]  # name -> a scalar tensor on the maps' device, or a Python number
+
+OVER_IMAGES = ("positive_similarity", "blank_share")
+OVER_GROUPS = ("loss", "negative_similarity", "margin")
 
 
-def content_heatmap(heatmaps: Tensor, masks: Tensor) -> Tensor:
+def content_heatmap(
+    heatmaps: Tensor,
+    masks: Tensor | None = None,
+    *,
+    boxes: Tensor | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Tensor:
     r"""Measure the share of each heatmap's energy that lies on the object.
 
     .. math:: \frac{\sum_{uv} m_{uv} \, \mathrm{ReLU}(g_{uv})}{\sum_{uv} \mathrm{ReLU}(g_{uv})}
 
-    The heatmap g is first enlarged to the mask's size, bilinearly.
+    The heatmap g is first enlarged to the image's size, bilinearly. Where the object is, m, is said by a mask or by a
+    box. The authors' code evaluates so too, with TorchRay's masks of annotated boxes, except that it adds 1e-8 to each
+    normalised heatmap first: a blank one then is uniform and scores the share of the image that the object takes,
+    while here it is counted apart.
 
     Args:
         heatmaps: g, (n, h, w), at any resolution.
-        masks: m, (n, H, W), bool or from 0 to 1: where the object is.
+        masks: m, (n, H, W), bool or from 0 to 1.
+        boxes: one for each image, (n, 4): x_min, y_min, x_max, y_max in pixels of the image. m is 1 for the pixels
+            whose centre lies inside, x_min <= j + 0.5 < x_max. An annotation in whole pixels counted from 1, both ends
+            included (Pascal VOC, ImageNet), is the box (x_min - 1, y_min - 1, x_max, y_max).
+        image_size: (H, W), with boxes: the image that they are measured in.
 
     Returns:
-        (n,), from 0 to 1; NaN for a blank heatmap, which has no energy to share. Average with ``nanmean`` and report
-        the share of blank maps beside it.
+        (n,), from 0 to 1; NaN for a blank heatmap, which has no energy to share. :class:`ContentHeatmap` averages over
+        the others and reports the share of blank ones.
+
+    Raises:
+        ValueError: a shape is wrong; both masks and boxes are given, or neither; or boxes without an image size.
 
     Example:
-        >>> masks = torch.zeros(1, 4, 4)
-        >>> masks[:, :, :1] = 1
-        >>> content_heatmap(torch.ones(1, 4, 4), masks)
+        >>> content_heatmap(torch.ones(1, 7, 7), boxes=torch.tensor([[0, 0, 56, 224]]), image_size=(224, 224))
         tensor([0.2500])
 
     References:
-        Pillai and Pirsiavash, Explainable Models with Consistent Interpretations (AAAI 2021).
+        Pillai and Pirsiavash, Explainable Models with Consistent Interpretations (AAAI 2021); Pillai et al., Consistent
+        Explanations by Contrastive Learning (CVPR 2022), section 4.
     """
+    on_object, everywhere = _energies(heatmaps, masks, boxes, image_size)
+    return on_object / everywhere
+
+
+class ContentHeatmap:
+    """Average :func:`content_heatmap` over a data set.
+
+    `update` never makes a GPU wait. `compute` returns Python numbers and changes nothing, so that updates may go on.
+    Where torch.distributed is initialized it sums over all processes: each of them must call it, with or without an
+    update of its own.
+
+    Example:
+        >>> metric = ContentHeatmap()
+        >>> metric.update(torch.ones(2, 7, 7), boxes=torch.tensor([[0, 0, 56, 224]] * 2), image_size=(224, 224))
+        >>> metric.update(torch.zeros(2, 7, 7), torch.ones(2, 224, 224))  # blank heatmaps
+        >>> metric.compute()
+        {'content_heatmap': 0.25, 'blank_share': 0.5, 'count': 4}
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all updates."""
+        self._sums: Sums = dict.fromkeys(("content_heatmap", "blank", "count"), 0)
+
+    def update(
+        self,
+        heatmaps: Tensor,
+        masks: Tensor | None = None,
+        *,
+        boxes: Tensor | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Take in a batch, with the arguments of :func:`content_heatmap`."""
+        on_object, everywhere = _energies(heatmaps, masks, boxes, image_size)
+        blank = everywhere == 0  # and not NaN, so that a heatmap with NaN shows
+        content = (on_object / everywhere).masked_fill(blank, 0)
+        self._sums = _added(self._sums, {"content_heatmap": content, "blank": blank, "count": len(heatmaps)})
+
+    def compute(self) -> dict[str, float]:
+        """Return what all updates of all processes come to.
+
+        Returns:
+            ``content_heatmap``, the mean over heatmaps that are not blank (NaN if all are), from 0 to 1;
+            ``blank_share``, the share of those without a positive value; ``count``, the number of heatmaps.
+
+        Raises:
+            RuntimeError: no process has had a heatmap.
+        """
+        total = _over_processes(self._sums)
+        return {
+            "content_heatmap": _ratio(total["content_heatmap"], total["count"] - total["blank"]),
+            "blank_share": total["blank"] / total["count"],
+            "count": total["count"],
+        }
+
+
+def box_masks(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Mark the pixels whose centres lie in a box: (n, 4) to bool (n, H, W)."""
+    y, x = (torch.arange(side, device=boxes.device, dtype=torch.float32) + 0.5 for side in image_size)
+    x_min, y_min, x_max, y_max = boxes[:, :, None].unbind(dim=1)
+    rows, columns = (y_min <= y) & (y < y_max), (x_min <= x) & (x < x_max)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _energies(
+    heatmaps: Tensor, masks: Tensor | None, boxes: Tensor | None, image_size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Return each heatmap's energy on the object and in all, (n,) both."""
     check_maps("heatmaps", heatmaps)
-    if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != len(heatmaps):
-        raise ValueError(f"`masks` must be of shape ({len(heatmaps)}, H, W); got {describe(masks)}.")
     with torch.no_grad(), without_autocast(heatmaps):
+        masks = _object_masks(len(heatmaps), masks, boxes, image_size)
         size = (masks.shape[1], masks.shape[2])
         energy = F.interpolate(at_least_float32(heatmaps)[:, None], size, mode="bilinear", align_corners=False)[
             :, 0
         ].relu()
-        return (energy * masks).sum(dim=(1, 2)) / energy.sum(dim=(1, 2))
+        return (energy * masks).sum(dim=(1, 2)), energy.sum(dim=(1, 2))
+
+
+def _object_masks(n: int, masks: Tensor | None, boxes: Tensor | None, image_size: tuple[int, int] | None) -> Tensor:
+    """Return the masks, or those of the boxes."""
+    if (masks is None) == (boxes is None):
+        raise ValueError(
+            f"Exactly one of `masks` and `boxes` must be given; got {'neither' if masks is None else 'both'}. Pass "
+            "`masks` for outlines or several boxes of an image, and `boxes` with `image_size` for one box of each."
+        )
+    if boxes is not None:
+        if not isinstance(boxes, Tensor) or boxes.shape != (n, 4):
+            raise ValueError(
+                f"`boxes` must be of shape ({n}, 4): x_min, y_min, x_max, y_max for each heatmap; got "
+                f"{describe(boxes)}. Pass `masks` for images with several boxes."
+            )
+        return box_masks(boxes, check_size("image_size", image_size))
+    if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != n:
+        raise ValueError(f"`masks` must be of shape ({n}, H, W); got {describe(masks)}.")
+    if image_size is not None:
+        raise ValueError(
+            f"`image_size` must be given with `boxes` alone; got {describe(image_size)} with masks. Leave it out."
+        )
+    return masks
 
 
 def consistency(query: Tensor, key: Tensor) -> dict[str, Tensor]:
@@ -77,3 +193,129 @@ def consistency(query: Tensor, key: Tensor) -> dict[str, Tensor]:
             "margin": positive.mean() - negative,
             "blank_share": blank.float().mean(),
         }
+
+
+class Consistency:
+    r"""Measure CGC over a data set: the loss, and the similarities that :func:`consistency` tells of a batch.
+
+    The loss depends on the number of negatives. It is therefore taken over groups of exactly `batch_size` images that
+    follow each other, whatever the batches of the updates were; maps wait until a group is full. At the defaults it
+    lies between log(1 + 63 exp(-2)) = 2.254, for pairs that agree perfectly and share nothing with other images, and
+    log 64 = 4.159, for maps that are all equal; only maps more like other images' than like their own exceed that.
+
+    `update` and `compute` keep to what :class:`ContentHeatmap` says of its own. A group holds images of one process;
+    temperature and batch size must be the same in all processes.
+
+    Args:
+        temperature: tau of the loss.
+        batch_size: images of a group, at least 2.
+
+    Raises:
+        ValueError: the temperature is not positive, or a group has fewer than two images and so no negatives.
+
+    Example:
+        >>> metric = Consistency(batch_size=2)
+        >>> for _ in range(3):
+        ...     metric.update(torch.ones(1, 7, 7), torch.ones(1, 7, 7))
+        >>> found = metric.compute()  # maps that are all equal
+        >>> found["count"], found["groups"], round(found["loss"], 4)  # log 2
+        (3, 1, 0.6931)
+
+    References:
+        Pillai et al., Consistent Explanations by Contrastive Learning (CVPR 2022), section 3.
+    """
+
+    def __init__(self, *, temperature: float = 0.5, batch_size: int = 64) -> None:
+        check_positive("temperature", temperature)
+        if not isinstance(batch_size, int) or batch_size < 2:
+            raise ValueError(
+                "`batch_size` must be an integer of at least 2, so that each image has a negative; got "
+                f"{describe(batch_size)}."
+            )
+        self.temperature = temperature
+        self.batch_size = batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all updates."""
+        self._sums: Sums = dict.fromkeys((*OVER_GROUPS, "groups", *OVER_IMAGES, "count"), 0)
+        self._waiting: tuple[Tensor, Tensor] | None = None
+
+    def update(self, query: Tensor, key: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            query: T(g(x)), heatmaps (n, h, w), as in :class:`CGCOutput`.
+            key: g(T(x)), heatmaps (n, h, w).
+
+        Raises:
+            ValueError: the maps' shapes differ, from each other or from those of earlier updates.
+        """
+        check_pair(query, key)
+        q, k = self._waiting or (query[:0], key[:0])
+        if q.shape[1:] != query.shape[1:]:
+            raise ValueError(
+                f"`query` and `key` must have one size in all updates; got {describe(query)} after heatmaps of "
+                f"{tuple(q.shape[1:])}. Use images of one size, or set `heatmap_size`."
+            )
+        n = len(query)
+        if n == 0:
+            return
+        with torch.no_grad():
+            batch = consistency(query, key)
+            sums = _added(self._sums, {name: n * batch[name] for name in OVER_IMAGES} | {"count": n})
+            q, k = torch.cat([q, query]), torch.cat([k, key])
+            while len(q) >= self.batch_size:
+                (group_q, q), (group_k, k) = (maps.tensor_split([self.batch_size]) for maps in (q, k))
+                group = consistency(group_q, group_k) | {"loss": info_nce(group_q, group_k, self.temperature)}
+                sums = _added(sums, {name: group[name] for name in OVER_GROUPS} | {"groups": 1})
+        self._sums, self._waiting = sums, (q, k)
+
+    def compute(self) -> dict[str, float]:
+        """Return what all updates of all processes come to.
+
+        Returns:
+            ``loss``, ``negative_similarity`` and ``margin``, means over the full groups (NaN if no process filled one);
+            ``positive_similarity`` and ``blank_share``, over all images; ``count``, the number of images; ``groups``,
+            that of full groups.
+
+        Raises:
+            RuntimeError: no process has had a heatmap.
+        """
+        total = _over_processes(self._sums)
+        return {
+            **{name: _ratio(total[name], total["groups"]) for name in OVER_GROUPS},
+            **{name: _ratio(total[name], total["count"]) for name in OVER_IMAGES},
+            "count": total["count"],
+            "groups": total["groups"],
+        }
+
+
+def _added(sums: Sums, values: Mapping[str, Tensor | int]) -> Sums:
+    """Add numbers, or a tensor's values, to the sums of their names, in float64 where the device has it."""
+
+    def total(value: Tensor | int) -> Tensor | int:
+        if not isinstance(value, Tensor):
+            return value
+        return value.sum(dtype=torch.float32 if value.device.type == "mps" else torch.float64)
+
+    return sums | {name: sums[name] + total(value) for name, value in values.items()}
+
+
+def _over_processes(sums: Sums) -> dict[str, Any]:
+    """Add up, name by name, the sums of all processes, as Python numbers."""
+    own = {name: value.item() if isinstance(value, Tensor) else value for name, value in sums.items()}
+    shares: list[Any] = [own]
+    if dist.is_available() and dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, own)
+    total = {name: sum(share[name] for share in shares) for name in own}
+    if total["count"] == 0:
+        raise RuntimeError(
+            "`compute` must come after an `update`; got no heatmap, in any process. Call `update` for each batch first."
+        )
+    return total
+
+
+def _ratio(total: float, count: int) -> float:
+    return total / count if count else float("nan")

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from tqdm import tqdm
 
 import processes
-from cgc_reg import CGCRegularizer, RandomResizedCropFlip, content_heatmap, explain, suggest_target_layer
+from cgc_reg import CGCRegularizer, Consistency, RandomResizedCropFlip, content_heatmap, explain, suggest_target_layer
 from cgc_reg.visualization import curves, gallery, overlay
 from checkpoint import load_checkpoint, save_checkpoint, write_history, write_whole
 from data_sets import CHOICES, default_image_size, load_data
@@ -234,41 +234,42 @@ def draw_view(reg: CGCRegularizer, x: Tensor, view_size: tuple[int, int] | None 
 def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]:
     """Measure accuracy and heatmaps on the validation images; the views are the same in every epoch."""
     model = run.model.eval()
-    reg = CGCRegularizer(run.regularizer.target_layer, generator=torch.Generator().manual_seed(processes.rank()))
+    generator = torch.Generator().manual_seed(processes.rank())
+    # For the pairs alone: a loss without negatives takes a last batch of one image too.
+    reg = CGCRegularizer(run.regularizer.target_layer, loss="mse_consistency", generator=generator)
     total, recall = Mean(), Recall(len(data.classes), args.device)
+    # The contrastive loss depends on the number of negatives: it is taken over groups of one size in all processes.
+    smallest_share = len(data.validation) // processes.count()
+    pairs = Consistency(batch_size=max(2, min(args.batch_size, smallest_share)))
     # Each image in one process; a DistributedSampler would make the shares equal by taking some twice.
     share = Subset(data.validation, range(processes.rank(), len(data.validation), processes.count()))
     loader = make_loader(args, share, epoch=0, shuffle=False)
     for x, y, *mask in progress_bar(loader, "validation"):
         x, y = x.to(args.device), y.to(args.device)
         with autocast(args):
-            comparable = len(x) == args.batch_size or (len(x) == len(share) and len(x) > 1)
-            if comparable:  # The contrastive loss depends on the number of negatives: full batches only.
-                out = reg.compute(model, x)
-                logits = out.logits
-                scalars = out.scalars
-                total.add(
-                    len(x),
-                    cgc=out.loss,
-                    similarity=scalars["positive_similarity"],
-                    margin=scalars["margin"],
-                    blank_share=scalars["blank_share"],
-                )
-            else:
-                logits = model(x)
+            out = reg.compute(model, x)
+            pairs.update(out.query, out.key)
             total.add(
                 len(x),
-                cross_entropy=F.cross_entropy(logits, y),
-                top1=accuracy(logits, y, 1),
-                top5=accuracy(logits, y, 5),
+                cross_entropy=F.cross_entropy(out.logits, y),
+                top1=accuracy(out.logits, y, 1),
+                top5=accuracy(out.logits, y, 5),
             )
-            recall.add(logits, y)
+            recall.add(out.logits, y)
             if mask:
                 on_object = content_heatmap(explain(model, x, reg.target_layer), mask[0].to(args.device))
                 total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean())
                 total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
-    measured = total.over_processes().averages() | {"balanced_accuracy": recall.over_processes().mean()}
-    return {f"val_{name}": value for name, value in measured.items()}
+    found = pairs.compute()
+    measured = {
+        "cgc": found["loss"],
+        "similarity": found["positive_similarity"],
+        "margin": found["margin"],
+        "blank_share": found["blank_share"],
+        **total.over_processes().averages(),
+        "balanced_accuracy": recall.over_processes().mean(),
+    }
+    return {f"val_{name}": round(value, 6) for name, value in measured.items()}
 
 
 def start(args: argparse.Namespace, data: Data, steps: int) -> Run:

@@ -7,7 +7,7 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cgc_reg import CGCRegularizer, RandomAffine, RandomResizedCropFlip
+from cgc_reg import CGCRegularizer, Consistency, ContentHeatmap, RandomAffine, RandomResizedCropFlip
 from cgc_reg.explain import HEATMAPS
 
 
@@ -41,6 +41,17 @@ def test_plain_call_and_preset_run_without_values():
     with NoCPUTensor():
         CGCRegularizer("layer4", view_size=(160, 160))(model, x).backward()
         CGCRegularizer.official("layer4")(model, x).backward()
+
+
+def test_measuring_runs_without_values():
+    with torch.device("meta"):
+        query, key, boxes = torch.empty(5, 7, 7), torch.empty(5, 7, 7), torch.empty(5, 4)
+    pairs, content = Consistency(batch_size=2), ContentHeatmap()
+    with NoCPUTensor():
+        for _ in range(2):
+            pairs.update(query, key)
+            content.update(query, key)
+            content.update(query, boxes=boxes, image_size=(64, 64))
 
 
 def test_the_mode_would_notice():
