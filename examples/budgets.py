@@ -25,8 +25,10 @@ BUDGETS = {  # title: folder, options
     "cross-entropy": ("ce", "--lam 0"),
     "CGC": ("full", ""),
     "CGC, views of 40 x 40 instead of 64 x 64": ("small", "--view-size 40"),
+    "CGC, views of 40 x 40, both heatmaps brought to 8 x 8": ("enlarged", "--view-size 40 --heatmap-size 8"),
+    "CGC, views of 40 x 40, lam 1": ("heavy", "--view-size 40 --lam 1"),
+    "CGC in every third step, lam 1.5": ("third", "--cgc-every 3 --lam 1.5"),
     "CGC, `detach_key`": ("detach", "--detach-key"),
-    "CGC, both of these": ("both", "--view-size 40 --detach-key"),
 }
 GAINS = ["val_cgc", "val_content_heatmap"]
 METRICS = {"top-1 accuracy": "val_top1", "CGC loss": "val_cgc", "content heatmap": "val_content_heatmap"}

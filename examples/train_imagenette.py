@@ -83,7 +83,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument(
         "--view-size", type=int, help="side of the views in pixels; smaller ones cost less (default: as x)"
     )
+    train.add_argument("--heatmap-size", type=int, help="side that heatmaps are brought to (default: as the view's)")
     train.add_argument("--detach-key", action="store_true", help="make CGC's keys constants, which costs less")
+    train.add_argument("--cgc-every", type=int, default=1, help="steps from one with CGC to the next; others cost less")
     train.add_argument("--epochs", type=int, default=20)
     train.add_argument("--batch-size", type=int, default=64, help="images of a step, in each process")
     train.add_argument("--lr", type=float, default=0.05, help="highest learning rate of the one-cycle schedule")
@@ -99,8 +101,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.image_size = default_image_size(args.data, args.size)
     if args.out is None:
         args.out = Path("runs") / Path(args.data).name
-    for name in ("epochs", "batch_size", "image_size", "temperature", "lr"):
-        if getattr(args, name) <= 0:
+    for name in ("epochs", "batch_size", "image_size", "temperature", "lr", "view_size", "heatmap_size", "cgc_every"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive; got {getattr(args, name)}.")
     for name in ("lam", "lam_warmup_epochs", "workers", "weight_decay"):
         if getattr(args, name) < 0:
@@ -113,8 +115,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--crop-scale must be above 0 and at most 1; got {args.crop_scale}.")
     if args.compare and args.lam == 0:
         parser.error("--compare needs a --lam above 0 to compare --lam 0 with.")
-    if args.view_size is not None and args.view_size < 1:
-        parser.error(f"--view-size must be positive; got {args.view_size}.")
     if args.detach_key and args.cross_entropy_views == 2:
         parser.error("--detach-key builds no graph for the views; it needs --cross-entropy-views 1.")
     if args.gather and processes.count() == 1:
@@ -194,9 +194,10 @@ def train_epoch(
     for step in bar:
         progress = epoch - 1 + step / steps
         weight = lam if progress >= args.lam_warmup_epochs else lam * progress / args.lam_warmup_epochs
+        regularized = lam > 0 and step % args.cgc_every == 0
         x, y, *_ = (tensor.to(args.device, non_blocking=True) for tensor in next(labeled_batches))
         with autocast(args):
-            if lam > 0 and unlabeled_batches is None:
+            if regularized and unlabeled_batches is None:
                 # The two lines of CGC: one call in place of model(x), and its loss beside the cross-entropy.
                 out = reg.compute(model, x)
                 logits, view_logits, cgc = out.logits, out.view_logits, out.loss
@@ -204,7 +205,7 @@ def train_epoch(
                 logits, cgc = model(x), x.new_zeros(())
                 # The baseline sees both views too.
                 view_logits = model(draw_view(reg, x, reg.view_size)) if args.cross_entropy_views == 2 else logits
-            if lam > 0 and unlabeled_batches is not None:
+            if regularized and unlabeled_batches is not None:
                 u, *_ = next(unlabeled_batches)
                 cgc = reg(model, u.to(args.device, non_blocking=True))
             cross_entropy = F.cross_entropy(logits, y)
@@ -217,7 +218,7 @@ def train_epoch(
         run.scaler.update()
         run.schedule.step()
         total.add(len(x), cross_entropy=cross_entropy, top1=accuracy(logits, y, 1), top5=accuracy(logits, y, 5))
-        if lam > 0:
+        if regularized:
             total.add(len(x), cgc=cgc)
         if step % 10 == 0 and not bar.disable:  # reading the averages makes a GPU wait
             bar.set_postfix({name: f"{value:.3f}" for name, value in total.averages().items()})
@@ -287,7 +288,8 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
         layer,
         temperature=args.temperature,
         transform=RandomResizedCropFlip(scale=(args.crop_scale, 1.0)),
-        view_size=None if args.view_size is None else (args.view_size, args.view_size),
+        view_size=args.view_size and (args.view_size, args.view_size),
+        heatmap_size=args.heatmap_size and (args.heatmap_size, args.heatmap_size),
         detach_key=args.detach_key,
         gather_distributed=args.gather,
         generator=torch.Generator(args.device),
