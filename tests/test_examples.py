@@ -344,7 +344,8 @@ def test_profile_gives_each_part_its_own_calls_and_backward():
             Event(warp, 50, 60),
             Event("aten::sin", 52, 55, sequence_nr=2),
             Event(heatmaps, 70, 90),
-            Event(node + "inner", 72, 80, sequence_nr=1),  # the inner gradient, counted with the call
+            Event("aten::gather", 71, 72, sequence_nr=4),
+            Event(node + "Gather", 72, 80, sequence_nr=4),  # the inner gradient, counted with the call
             Event("aten::mul", 82, 85, sequence_nr=3),
             Event(node + "Mul", 110, 130, sequence_nr=3),
             Event(node + "Sin", 130, 134, sequence_nr=2),
