@@ -1,6 +1,6 @@
 """Train with cheaper steps on the built-in data, and tell how much of CGC's gain each keeps.
 
-    python examples/budgets.py                        # three seeds, about 40 minutes on two cores
+    python examples/budgets.py                        # three seeds, about an hour on two cores
     python examples/budgets.py --out runs/budgets     # again: finished trainings are not repeated
 
 All have cross-entropy on x alone and the same BatchNorm treatment. What a step of each costs, benchmark.py measures.
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from summarize import last_epoch, spread
 
-SETTING = "--data shapes --arch small_resnet --crop-scale 0.5 --lr 0.1 --epochs 8 --lam-warmup-epochs 2 --workers 0"
+SETTING = "--data shapes --arch small_resnet --crop-scale 0.5 --lr 0.1 --epochs 24 --lam-warmup-epochs 6 --workers 0"
 BUDGETS = {  # title: folder, options
     "cross-entropy": ("ce", "--lam 0"),
     "CGC": ("full", ""),

@@ -40,7 +40,7 @@ class Data:
     labels: list[int]  # of the training images
 
 
-def load_shapes(*, image_size: int, seed: int, train: int = 8192, validation: int = 1024) -> Data:
+def load_shapes(*, image_size: int, seed: int, train: int = 2048, validation: int = 1024) -> Data:
     """Make the shapes; training and validation come from different seeds."""
     train_set = Shapes(
         train, size=image_size, seed=2 * seed, transform=v2.Compose([v2.RandomHorizontalFlip(), *normalize()])

@@ -1,7 +1,7 @@
 """The built-in data set: one object among distractors on a textured background, with the object's mask.
 
 The class is the object's outline, a closed curve with lobes of its own number, depth and sharpness. Place, size, angle,
-colours, texture and distractors say nothing about it. Distractors are ellipses in the same kind of colours.
+colours, texture and distractors say nothing about it. Distractors are ellipses and boxes in the same kind of colours.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def draw_shapes(count: int, *, size: int, seed: int) -> tuple[Tensor, Tensor, Te
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     image = draw_background(x, y, uniform)
-    for _ in range(4):
-        image = paste(image, draw_ellipse(x, y, uniform), uniform(0, 1, 3))
+    for draw_distractor in [draw_ellipse] * 4 + [draw_box] * 2:
+        image = paste(image, draw_distractor(x, y, uniform), uniform(0, 1, 3))
     label = torch.randint(len(CLASSES), (count,), generator=generator)
     mask, hole = draw_object(x, y, label, uniform)
     image = paste(image, mask & ~hole, uniform(0, 1, 3))
@@ -88,11 +88,23 @@ def draw_background(x: Tensor, y: Tensor, uniform: Uniform) -> Tensor:
 
 def draw_ellipse(x: Tensor, y: Tensor, uniform: Uniform) -> Tensor:
     """Place one thin ellipse anywhere, (n, size, size) bool."""
-    x, y = x - uniform(-1, 1, 1, 1), y - uniform(-1, 1, 1, 1)
-    angle = uniform(0, math.pi, 1, 1)
+    along, across = turn_about(uniform(-1, 1, 2, 1, 1), x, y, uniform)
     length, width = uniform(0.08, 0.4, 1, 1), uniform(0.03, 0.1, 1, 1)
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     return (along / length).square() + (across / width).square() < 1
+
+
+def draw_box(x: Tensor, y: Tensor, uniform: Uniform) -> Tensor:
+    """Place one box anywhere, up to as large as an object, (n, size, size) bool."""
+    along, across = turn_about(uniform(-0.9, 0.9, 2, 1, 1), x, y, uniform)
+    side, aspect = uniform(0.1, 0.3, 1, 1), uniform(0.6, 1.6, 1, 1)
+    return (along.abs() < side * aspect) & (across.abs() < side / aspect)
+
+
+def turn_about(centre: Tensor, x: Tensor, y: Tensor, uniform: Uniform) -> tuple[Tensor, Tensor]:
+    """Return coordinates about a centre (n, 2, 1, 1), turned by a random angle."""
+    x, y = x - centre[:, 0], y - centre[:, 1]
+    angle = uniform(0, math.pi, 1, 1)
+    return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
 def draw_object(x: Tensor, y: Tensor, label: Tensor, uniform: Uniform) -> tuple[Tensor, Tensor]:
