@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
 
 import processes
+from cgc_reg.metrics import box_masks
 from shapes import CLASSES, Shapes
 
 IMAGENETTE_FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
@@ -115,14 +116,7 @@ class ImageFiles(Dataset[Any]):
             return self.transform(image), label
         box = tv_tensors.BoundingBoxes(self.boxes[index], format="XYXY", canvas_size=(image.height, image.width))
         image, box = self.transform(image, box)
-        return image, label, box_mask(box, image.shape[1:])
-
-
-def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
-    """Mark the pixels whose centre lies in the box (1, 4), bool (height, width)."""
-    left, top, right, bottom = box[0]
-    y, x = (torch.arange(length) + 0.5 for length in size)
-    return ((top <= y) & (y < bottom))[:, None] & ((left <= x) & (x < right))
+        return image, label, box_masks(box, image.shape[1:])[0]
 
 
 def load_imagenette(root: Path, size: str, image_size: int) -> Data:

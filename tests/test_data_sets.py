@@ -18,6 +18,7 @@ import image_data
 import shapes
 import train_imagenette
 from cgc_reg import content_heatmap
+from cgc_reg.metrics import box_masks
 from checkpoint import load_checkpoint
 from data_sets import DATA_SETS, load_data
 from models import build_model
@@ -109,9 +110,9 @@ def test_cub200_boxes_move_with_their_images(birds, height, width, box):
 
 def test_a_pixel_is_in_the_box_when_its_centre_is():
     # Centres lie at 0.5, 1.5, 2.5; one on the left or upper edge counts, one on the right or lower edge does not.
-    mask = image_data.box_mask(torch.tensor([[0.5, 1.5, 2.4, 2.5]]), (3, 4))
+    mask = box_masks(torch.tensor([[0.5, 1.5, 2.4, 2.5]]), (3, 4))[0]
     assert mask.tolist() == [[False] * 4, [True, True, False, False], [False] * 4]
-    assert image_data.box_mask(torch.tensor([[0.6, 0.5, 2.5, 1.6]]), (2, 3)).tolist() == [[False, True, False]] * 2
+    assert box_masks(torch.tensor([[0.6, 0.5, 2.5, 1.6]]), (2, 3))[0].tolist() == [[False, True, False]] * 2
 
 
 def test_cub200_training_measures_the_content_heatmap_in_boxes(birds, tmp_path):
