@@ -217,11 +217,15 @@ def _gather_bilinear(x: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _grid_sample(x: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:
-    # A position x + iy is one complex number, and the grid of `affine_grid` one sum of them: it is written once, where
-    # `affine_grid` multiplies matrices and takes several times as long.
-    by_x, by_y, shift = torch.view_as_complex(theta.to(x.dtype).mT.contiguous())[:, :, None].unbind(dim=1)
-    v, u = (torch.arange(1 - extent, extent, 2, device=x.device, dtype=x.dtype) / extent for extent in size)
-    grid = torch.view_as_real((by_y * v + shift)[:, :, None] + (by_x * u)[:, None, :])
+    theta = theta.to(x.dtype)
+    if torch.compiler.is_compiling():  # which fuses this, and warns of complex numbers
+        grid = F.affine_grid(theta, [len(x), 1, *size], align_corners=False)
+    else:
+        # A position x + iy is one complex number, and the grid a sum of two of them: it is written once, where
+        # `affine_grid` multiplies matrices and takes several times as long.
+        by_x, by_y, shift = torch.view_as_complex(theta.mT.contiguous())[:, :, None].unbind(dim=1)
+        v, u = (torch.arange(1 - extent, extent, 2, device=x.device, dtype=x.dtype) / extent for extent in size)
+        grid = torch.view_as_real((by_y * v + shift)[:, :, None] + (by_x * u)[:, None, :])
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -28,7 +28,7 @@ from strategies import (
 )
 from torchvision.transforms.functional import InterpolationMode, hflip, resized_crop
 
-from cgc_reg import SpatialTransform
+from cgc_reg import RandomAffine, SpatialTransform
 
 # What an output value in [0, 1] may be off by. A position on at most 12 pixels, the largest side drawn below unless a
 # test says otherwise, carries a handful of roundings of numbers up to 12 or so: 5 * 12 * 2**-24 is 4e-6 of a pixel in
@@ -663,3 +663,32 @@ def from_crop(top=ONE, left=ONE, height=ONE, width=ONE, flip=torch.tensor([False
 def test_an_error_says_what_must_hold_and_what_was_got(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_compiled_transform_gives_the_same_without_complex_numbers():
+    """The compiler warns of complex numbers, and does not fuse them."""
+    values = []
+
+    def backend(graph, inputs):
+        values.extend(node.meta.get("example_value") for node in graph.graph.nodes)
+        return graph
+
+    t, x = RandomAffine(20, (0.1, 0.1), (0.8, 1.2), 10).sample(3, (9, 12)), torch.rand(3, 2, 9, 12)
+    compiled = torch.compile(lambda x: t(x, (7, 8)), backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), t(x, (7, 8)), rtol=0, atol=1e-5)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert not any(tensor.is_complex() for tensor in tensors)
+
+
+def test_a_gradient_in_theta_is_that_of_affine_grid():
+    theta = RandomAffine(20, (0.1, 0.1), (0.8, 1.2), 10).sample(3, (9, 12)).theta.double()
+    x = torch.rand(3, 2, 9, 12, dtype=torch.float64)
+
+    def by_affine_grid(theta):
+        grid = F.affine_grid(theta, [3, 2, 7, 8], align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    theta.requires_grad_()
+    results = [SpatialTransform(theta)(x, (7, 8)), by_affine_grid(theta)]
+    torch.testing.assert_close(*(torch.autograd.grad(result.square().sum(), theta) for result in results))
