@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import image_data
+import measures
 import shapes
 import train_imagenette
 from cgc_reg import content_heatmap
@@ -329,7 +330,7 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_there_are():
     generator = torch.Generator().manual_seed(0)
     y = torch.tensor([0] * 20 + [1] * 3 + [3] * 7)[torch.randperm(30, generator=generator)]  # none of class 2
     logits = torch.rand(30, 4, generator=generator)
-    recall = train_imagenette.Recall(4, "cpu")
+    recall = measures.Recall(4, "cpu")
     for part in range(0, 30, 8):
         recall.add(logits[part : part + 8], y[part : part + 8])
     chosen = logits.argmax(dim=1)
