@@ -292,6 +292,8 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
         view_size=args.view_size and (args.view_size, args.view_size),
         heatmap_size=args.heatmap_size and (args.heatmap_size, args.heatmap_size),
         detach_key=args.detach_key,
+        # As in the baseline, running statistics follow the images that cross-entropy is taken on.
+        bn_mode="update" if args.cross_entropy_views == 2 and args.labeled_fraction == 1 else "preserve",
         gather_distributed=args.gather,
         generator=torch.Generator(args.device),
     )

@@ -161,6 +161,24 @@ def test_resumed_run_ends_bit_identical(folder, tmp_path, options):
         assert {**past, "seconds": 0} == {**again, "seconds": 0}
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_trainings_that_are_compared_differ_in_the_loss_alone(folder, tmp_path, views):
+    """With a weight too small to count, CGC leaves weights and running statistics where the baseline does."""
+    for lam in (0, 1e-30):
+        train("--data", folder, "--out", tmp_path, "--cross-entropy-views", views, "--lam", lam)
+    baseline, cgc = (checkpoint(tmp_path / name / "last.pt")["model"] for name in ("cross-entropy", "cgc"))
+    for name, value in baseline.items():
+        torch.testing.assert_close(cgc[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_unlabeled_images_leave_running_statistics_alone(folder, tmp_path):
+    options = ["--data", folder, "--out", tmp_path, "--cross-entropy-views", "2", "--labeled-fraction", "0.5"]
+    for lam in (0, 0.5):
+        train(*options, "--lam", lam)
+    baseline, cgc = (checkpoint(tmp_path / name / "last.pt")["model"] for name in ("cross-entropy", "cgc"))
+    assert cgc["bn1.num_batches_tracked"] == baseline["bn1.num_batches_tracked"] > 0
+
+
 def test_crash_while_writing_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     write_whole(path, lambda partial: partial.write_bytes(b"first"))
