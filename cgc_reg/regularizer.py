@@ -51,6 +51,7 @@ class CGCOutput:
         view: T(x), (n, c, H, W).
         transform: T.
         target: class whose heatmaps were compared, (n,).
+        heatmap: g(x), (n, h, w), for looking at and for measures such as :func:`content_heatmap`.
         query: T(g(x)), (n, h, w), zero where T(x) shows nothing of x.
         key: g(T(x)), (n, h, w), zero there too.
         scalars: detached values to log: ``loss`` and what :func:`cgc_reg.consistency` returns.
@@ -62,6 +63,7 @@ class CGCOutput:
     view: Tensor
     transform: SpatialTransform
     target: Tensor
+    heatmap: Tensor
     query: Tensor
     key: Tensor
     scalars: dict[str, Tensor]
@@ -384,12 +386,12 @@ class CGCRegularizer(nn.Module):
             if (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
                 loss = reach_all_parameters(loss, logits)
         else:
-            loss, logits, query = (tensor.detach() for tensor in (loss, logits, query))
+            loss, logits, heatmap, query = (tensor.detach() for tensor in (loss, logits, heatmap, query))
         if self.detach_key or not torch.is_grad_enabled():
             # Under `no_grad` a pass still builds a graph from the layer upward, for the inner gradient.
             view_logits, key = view_logits.detach(), key.detach()
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
-        return CGCOutput(loss, logits, view_logits, view, transform, target, query, key, scalars)
+        return CGCOutput(loss, logits, view_logits, view, transform, target, heatmap, query, key, scalars)
 
     def _check_closed_form(self) -> None:
         if self.heatmap != "class_activation":

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import laws, noise, seeds, sizes, uniform
 
-from cgc_reg import Consistency, ContentHeatmap, consistency, content_heatmap
+from cgc_reg import Consistency, ContentHeatmap, consistency, content_heatmap, pointing_game
 
 LEFT = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])  # one lit pixel, top left
 RIGHT = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
@@ -151,6 +151,66 @@ def test_content_is_that_of_the_authors_evaluation(seed, grid, size, data):
 def test_authors_score_a_blank_heatmap_as_a_uniform_one():
     assert torchray_content([[0.0, 0.0]], (1, 1, 1, 2), (2, 4)) == pytest.approx(0.25)
     assert content_heatmap(torch.zeros(1, 1, 2), boxes=torch.tensor([[0, 0, 1, 2]]), image_size=(2, 4)).isnan()
+
+
+# ---- pointing game
+
+
+def reaches(point, mask, tolerance):
+    """Look for the object pixel by pixel."""
+    height, width = mask.shape
+    pixels = [(v + 0.5, u + 0.5) for v in range(height) for u in range(width) if mask[v, u] > 0]
+    return any((v - point[0]) ** 2 + (u - point[1]) ** 2 <= tolerance**2 for v, u in pixels)
+
+
+@laws
+@given(seeds, sizes(high=4), sizes(), uniform(0, 6))
+def test_pointing_game_equals_a_search_around_the_highest_cell(seed, grid, size, tolerance):
+    heatmaps, share = noise(seed, 3, *grid), noise(seed, 3, *size)
+    masks = share * (share > 1.2)
+    expected = []
+    for heatmap, mask in zip(heatmaps, masks, strict=True):
+        row, column = divmod(int(heatmap.argmax()), grid[1])
+        point = (row + 0.5) * (size[0] / grid[0]), (column + 0.5) * (size[1] / grid[1])
+        expected.append(float(reaches(point, mask, tolerance)) if heatmap.max() > 0 else math.nan)
+    hits = pointing_game(heatmaps, masks, tolerance=tolerance)
+    torch.testing.assert_close(hits, torch.tensor(expected), equal_nan=True)
+
+
+@laws
+@given(seeds, st.integers(2, 4), st.integers(2, 4))
+def test_highest_cell_is_where_the_enlarged_heatmap_is_highest(seed, side, factor):
+    """An enlarged heatmap is level beyond the outer cells' centres, so its peak is looked for between these."""
+    heatmap = noise(seed, 1, side, side).abs()
+    factor = 2 * factor - 1  # odd, so that a cell's centre is a pixel's centre
+    enlarged = F.interpolate(heatmap[:, None], scale_factor=factor, mode="bilinear", align_corners=False)[0, 0]
+    inside = slice(factor // 2, enlarged.shape[0] - factor // 2)
+    mask = torch.zeros_like(enlarged)
+    mask[inside, inside] = (enlarged[inside, inside] == enlarged[inside, inside].max()).float()
+    assert pointing_game(heatmap, mask[None], tolerance=0).item() == 1
+
+
+def test_pointing_game_by_hand():
+    heatmap = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # in an image of 8 x 8 the cell's centre is (6, 6)
+    box = {"boxes": torch.tensor([[0, 0, 3, 3]]), "image_size": (8, 8)}
+    distance = math.sqrt(2 * 3.5**2)  # from the centre of the box's last pixel, (2.5, 2.5)
+    assert float(pointing_game(heatmap, **box, tolerance=distance - 0.01)) == 0
+    assert float(pointing_game(heatmap, **box, tolerance=distance + 0.01)) == 1
+
+
+@pytest.mark.parametrize("blank", [torch.zeros(1, 4, 4), -torch.ones(1, 4, 4), torch.full((1, 4, 4), math.nan)])
+def test_pointing_game_is_not_decided_by_a_heatmap_without_a_peak(blank):
+    heatmaps = torch.cat([torch.ones(1, 4, 4), blank])
+    assert pointing_game(heatmaps, torch.ones(2, 4, 4)).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan, None, True, "15"])
+def test_pointing_game_refuses_a_tolerance_that_makes_no_sense(tolerance):
+    with pytest.raises(ValueError, match="`tolerance` must be a number of at least 0"):
+        pointing_game(torch.ones(1, 4, 4), torch.ones(1, 4, 4), tolerance=tolerance)
+
+
+# ---- consistency
 
 
 def test_consistency_of_maps_that_follow_their_image():

@@ -222,7 +222,8 @@ def test_output_holds_what_the_step_made():
     assert_same(out.logits, model(X))
     assert_same(out.view_logits, model(out.view))
     assert_same(out.target, out.logits.argmax(dim=1))
-    torch.testing.assert_close(out.query, out.transform(explain(model, X, "features")) * coverage)
+    assert_same(out.heatmap, explain(model, X, "features"))
+    torch.testing.assert_close(out.query, out.transform(out.heatmap) * coverage)
     torch.testing.assert_close(out.key, explain(model, out.view, "features", out.target) * coverage)
     torch.testing.assert_close(out.loss, info_nce(out.query, out.key))
 
@@ -390,7 +391,8 @@ def test_heatmap_size_enlarges_both_maps_before_the_transform():
         return F.interpolate(maps[:, None], (7, 9), mode="bilinear", align_corners=False)[:, 0]
 
     coverage = out.transform.coverage((7, 9))
-    torch.testing.assert_close(out.query, out.transform(enlarge(explain(model, X, "features"))) * coverage)
+    torch.testing.assert_close(out.heatmap, enlarge(explain(model, X, "features")))
+    torch.testing.assert_close(out.query, out.transform(out.heatmap) * coverage)
     torch.testing.assert_close(out.key, enlarge(explain(model, out.view, "features", out.target)) * coverage)
 
 
@@ -668,7 +670,7 @@ def test_without_gradients_nothing_carries_a_graph(mode, heatmap):
         view, transform = drawn(x)
         out = regularizer(heatmap=heatmap).compute(model, x, view=view, transform=transform)
     tensors = [value for value in vars(out).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7  # loss, logits, view_logits, view, target, query, key
+    assert len(tensors) == 8  # loss, logits, view_logits, view, target, heatmap, query, key
     assert not any(t.requires_grad for t in [*tensors, *out.scalars.values(), out.transform.theta])
 
 
