@@ -18,8 +18,9 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 DEMO = (
-    "examples/train_imagenette.py --data shapes --arch small_resnet --compare --cross-entropy-views 2 "
-    "--crop-scale 0.5 --lr 0.1 --epochs 24 --lam-warmup-epochs 6 --workers 0 --out runs/demo --resume"
+    "examples/train_imagenette.py --data shapes --arch small_resnet --compare --side-by-side --cross-entropy-views 2 "
+    "--crop-scale 0.5 --lr 0.1 --epochs 24 --lam-warmup-epochs 6 --validate-every 3 --workers 0 "
+    "--out runs/demo --resume"
 )
 COMMANDS = {
     "demo": [DEMO],

@@ -1,14 +1,77 @@
-"""What a training measures beside its heatmaps, over an epoch and over all processes."""
+"""What is measured of a model, over an epoch and over all processes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import processes
+from cgc_reg import CGCRegularizer, Consistency, content_heatmap, pointing_game
+
+TOLERANCE = 15 / 224  # of the pointing game, as a share of the image's side
+
+
+@torch.no_grad()
+def measure_model(
+    model: nn.Module,
+    layer: str,
+    batches: Iterable[Any],
+    *,
+    classes: int,
+    group: int,
+    device: str,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, float]:
+    """Measure accuracy and Grad-CAM heatmaps; with one order of images the views are the same each time.
+
+    Args:
+        model: in evaluation mode afterwards.
+        layer: of the heatmaps.
+        batches: images, classes and, where they are known, masks of the objects.
+        classes: their number.
+        group: the contrastive loss depends on the number of negatives; it is taken over groups of this size.
+        device: of the model.
+        autocast: makes the precision to run in.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(processes.rank())
+    # For the pairs alone: a loss without negatives takes a last batch of one image too.
+    reg = CGCRegularizer(layer, loss="mse_consistency", generator=generator)
+    total, recall, pairs = Mean(), Recall(classes, device), Consistency(batch_size=group)
+    for x, y, *mask in batches:
+        x, y = x.to(device), y.to(device)
+        with autocast():
+            out = reg.compute(model, x)
+        pairs.update(out.query, out.key)
+        total.add(
+            len(x),
+            cross_entropy=F.cross_entropy(out.logits.float(), y),
+            top1=accuracy(out.logits, y, 1),
+            top5=accuracy(out.logits, y, 5),
+        )
+        recall.add(out.logits, y)
+        if mask:
+            on_object = content_heatmap(out.heatmap, mask[0].to(device))
+            hits = pointing_game(out.heatmap, mask[0].to(device), tolerance=TOLERANCE * x.shape[-1])
+            total.add(
+                int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean(), pointing_game=hits.nanmean()
+            )
+            total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
+    found = pairs.compute()
+    measured = {
+        "cgc": found["loss"],
+        "similarity": found["positive_similarity"],
+        "margin": found["margin"],
+        "blank_share": found["blank_share"],
+        **total.over_processes().averages(),
+        "balanced_accuracy": recall.over_processes().mean(),
+    }
+    return {name: round(value, 6) for name, value in measured.items()}
 
 
 def accuracy(logits: Tensor, y: Tensor, k: int) -> Tensor:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,12 +31,16 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from tqdm import tqdm
 
 import processes
-from cgc_reg import CGCRegularizer, Consistency, RandomResizedCropFlip, content_heatmap, explain, suggest_target_layer
-from cgc_reg.visualization import curves, gallery, overlay
+from cgc_reg import CGCRegularizer, RandomResizedCropFlip, explain, suggest_target_layer
+from cgc_reg.explain import HEATMAPS
+from cgc_reg.regularizer import LossName
+from cgc_reg.visualization import curves, gallery
 from checkpoint import load_checkpoint, save_checkpoint, write_history, write_whole
+from comparison import draw, examples_of, heatmap_columns, table, with_views, written
 from data_sets import CHOICES, default_image_size, load_data
 from image_data import IMAGENETTE_FOLDERS, Data, DataError, denormalize, split_labeled
-from measures import Mean, Recall, accuracy
+from jobs import run_all, run_script
+from measures import Mean, accuracy, measure_model
 from models import build_model
 
 PANELS = {
@@ -73,8 +79,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--lam", type=float, default=0.5, help="weight of CGC; 0 trains with cross-entropy alone")
     train.add_argument("--lam-warmup-epochs", type=float, default=0.0, help="epochs in which lam grows from 0")
     train.add_argument("--temperature", type=float, default=0.5, help="tau of CGC")
+    train.add_argument("--loss", choices=get_args(LossName), default="info_nce", help="what makes heatmaps consistent")
+    train.add_argument("--heatmap", choices=HEATMAPS, default="grad_cam", help="rule of the heatmaps that are trained")
+    train.add_argument("--official", action="store_true", help="compute CGC as the authors' code does")
     train.add_argument("--gather", action="store_true", help="contrast with the images of all processes")
     train.add_argument("--compare", action="store_true", help="train with --lam 0 too, and print both side by side")
+    train.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="run the two trainings of --compare at the same time, each with half of the CPU's threads",
+    )
     train.add_argument(
         "--cross-entropy-views", type=int, choices=(1, 2), default=1, help="cross-entropy on x, or on x and T(x)"
     )
@@ -88,6 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train.add_argument("--detach-key", action="store_true", help="make CGC's keys constants, which costs less")
     train.add_argument("--cgc-every", type=int, default=1, help="steps from one with CGC to the next; others cost less")
     train.add_argument("--epochs", type=int, default=20)
+    train.add_argument("--validate-every", type=int, default=1, help="epochs from one validation to the next")
     train.add_argument("--batch-size", type=int, default=64, help="images of a step, in each process")
     train.add_argument("--lr", type=float, default=0.05, help="highest learning rate of the one-cycle schedule")
     train.add_argument("--momentum", type=float, default=0.9)
@@ -102,7 +117,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.image_size = default_image_size(args.data, args.size)
     if args.out is None:
         args.out = Path("runs") / Path(args.data).name
-    for name in ("epochs", "batch_size", "image_size", "temperature", "lr", "view_size", "heatmap_size", "cgc_every"):
+    positive = ["epochs", "batch_size", "image_size", "temperature", "lr", "view_size", "heatmap_size"]
+    for name in [*positive, "cgc_every", "validate_every"]:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive; got {getattr(args, name)}.")
     for name in ("lam", "lam_warmup_epochs", "workers", "weight_decay"):
@@ -116,6 +132,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--crop-scale must be above 0 and at most 1; got {args.crop_scale}.")
     if args.compare and args.lam == 0:
         parser.error("--compare needs a --lam above 0 to compare --lam 0 with.")
+    if args.side_by_side and (not args.compare or processes.count() > 1):
+        parser.error("--side-by-side is for the two trainings of --compare, without torchrun.")
+    if args.official and (args.heatmap != "grad_cam" or args.heatmap_size is not None or args.detach_key):
+        parser.error("--official sets what --heatmap, --heatmap-size and --detach-key would; leave these out.")
     if args.detach_key and args.cross_entropy_views == 2:
         parser.error("--detach-key builds no graph for the views; it needs --cross-entropy-views 1.")
     if args.gather and processes.count() == 1:
@@ -152,14 +172,16 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
             row = {"epoch": epoch, "lam": lam, "lr": run.schedule.get_last_lr()[0]}
             row |= train_epoch(args, run, labeled, unlabeled, lam, epoch, steps)
             processes.average_buffers(run.model)
-            row |= validate(args, run, data)
+            validated = epoch % args.validate_every == 0 or epoch == args.epochs
+            if validated:
+                row |= validate(args, run, data)
             row["seconds"] = time.perf_counter() - began
             run.history.append(row)
             if processes.is_writer():
                 state = run_state(args, run, data, lam)
                 save_checkpoint(out / "last.pt", state)
                 saved = epoch
-                if row["val_top1"] >= max(past["val_top1"] for past in run.history):
+                if validated and row["val_top1"] >= max(past.get("val_top1", 0.0) for past in run.history):
                     save_checkpoint(out / "best.pt", state)
                 write_history(out / "metrics.csv", run.history)
                 write_whole(
@@ -167,7 +189,8 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
                 )
             processes.wait_for_all()
             saved = epoch  # in the others too, since any of them may be the first to be interrupted
-            measured = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("val_"))
+            part = "val_" if validated else "train_"
+            measured = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith(part))
             processes.say(f"epoch {epoch}/{args.epochs}  {measured}")
     except KeyboardInterrupt:
         kept = (
@@ -175,6 +198,44 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
         )
         raise SystemExit(f"\nInterrupted: {kept}.") from None
     return run
+
+
+def train_side_by_side(args: argparse.Namespace, weights: dict[str, float]) -> None:
+    """Make the trainings in processes of their own, at the same time; show their epochs."""
+    options = vars(args) | {"compare": False, "side_by_side": False}
+    threads = max(1, torch.get_num_threads() // len(weights))
+    bars = {name: tqdm(total=args.epochs, desc=name, unit="epoch") for name in weights}
+
+    def show(name: str, line: str) -> None:
+        done = re.match(r"epoch (\d+)/|Continuing .* after epoch (\d+)", line)
+        if done:
+            bars[name].update(int(done[1] or done[2]) - bars[name].n)
+            tqdm.write(f"{name}: {line}")
+
+    jobs = [
+        partial(
+            run_script,
+            [__file__, *as_arguments(options | {"lam": lam})],
+            threads=threads,
+            on_line=partial(show, name),
+        )
+        for name, lam in weights.items()
+    ]
+    try:
+        for _ in run_all(jobs, at_a_time=len(jobs)):
+            pass
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Write options as they stand on the command line."""
+    arguments = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return arguments
 
 
 def train_epoch(
@@ -232,46 +293,21 @@ def draw_view(reg: CGCRegularizer, x: Tensor, view_size: tuple[int, int] | None 
     return reg.transform.sample(len(x), size, device=x.device, generator=reg.generator)(x, view_size)
 
 
-@torch.no_grad()
 def validate(args: argparse.Namespace, run: Run, data: Data) -> dict[str, float]:
     """Measure accuracy and heatmaps on the validation images; the views are the same in every epoch."""
-    model = run.model.eval()
-    generator = torch.Generator().manual_seed(processes.rank())
-    # For the pairs alone: a loss without negatives takes a last batch of one image too.
-    reg = CGCRegularizer(run.regularizer.target_layer, loss="mse_consistency", generator=generator)
-    total, recall = Mean(), Recall(len(data.classes), args.device)
-    # The contrastive loss depends on the number of negatives: it is taken over groups of one size in all processes.
-    smallest_share = len(data.validation) // processes.count()
-    pairs = Consistency(batch_size=max(2, min(args.batch_size, smallest_share)))
     # Each image in one process; a DistributedSampler would make the shares equal by taking some twice.
     share = Subset(data.validation, range(processes.rank(), len(data.validation), processes.count()))
     loader = make_loader(args, share, epoch=0, shuffle=False)
-    for x, y, *mask in progress_bar(loader, "validation"):
-        x, y = x.to(args.device), y.to(args.device)
-        with autocast(args):
-            out = reg.compute(model, x)
-            pairs.update(out.query, out.key)
-            total.add(
-                len(x),
-                cross_entropy=F.cross_entropy(out.logits, y),
-                top1=accuracy(out.logits, y, 1),
-                top5=accuracy(out.logits, y, 5),
-            )
-            recall.add(out.logits, y)
-            if mask:
-                on_object = content_heatmap(explain(model, x, reg.target_layer), mask[0].to(args.device))
-                total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean())
-                total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
-    found = pairs.compute()
-    measured = {
-        "cgc": found["loss"],
-        "similarity": found["positive_similarity"],
-        "margin": found["margin"],
-        "blank_share": found["blank_share"],
-        **total.over_processes().averages(),
-        "balanced_accuracy": recall.over_processes().mean(),
-    }
-    return {f"val_{name}": round(value, 6) for name, value in measured.items()}
+    measured = measure_model(
+        run.model,
+        run.regularizer.target_layer,
+        progress_bar(loader, "validation"),
+        classes=len(data.classes),
+        group=max(2, min(args.batch_size, len(data.validation) // processes.count())),  # which every process can fill
+        device=args.device,
+        autocast=lambda: autocast(args),
+    )
+    return {f"val_{name}": value for name, value in measured.items()}
 
 
 def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
@@ -285,18 +321,23 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
         explain(model, example, layer)  # an unknown layer is an error now, not after the first epoch
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    regularizer = CGCRegularizer(
-        layer,
-        temperature=args.temperature,
-        transform=RandomResizedCropFlip(scale=(args.crop_scale, 1.0)),
-        view_size=args.view_size and (args.view_size, args.view_size),
-        heatmap_size=args.heatmap_size and (args.heatmap_size, args.heatmap_size),
-        detach_key=args.detach_key,
+    options: dict[str, Any] = {
+        "loss": args.loss,
+        "temperature": args.temperature,
+        "transform": RandomResizedCropFlip(scale=(args.crop_scale, 1.0)),
+        "view_size": args.view_size and (args.view_size, args.view_size),
         # As in the baseline, running statistics follow the images that cross-entropy is taken on.
-        bn_mode="update" if args.cross_entropy_views == 2 and args.labeled_fraction == 1 else "preserve",
-        gather_distributed=args.gather,
-        generator=torch.Generator(args.device),
-    )
+        "bn_mode": "update" if args.cross_entropy_views == 2 and args.labeled_fraction == 1 else "preserve",
+        "gather_distributed": args.gather,
+        "generator": torch.Generator(args.device),
+    }
+    if args.official:
+        regularizer = CGCRegularizer.official(layer, **options)
+    else:
+        size = args.heatmap_size and (args.heatmap_size, args.heatmap_size)
+        regularizer = CGCRegularizer(
+            layer, heatmap=args.heatmap, heatmap_size=size, detach_key=args.detach_key, **options
+        )
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0
     )
@@ -324,7 +365,7 @@ def run_state(args: argparse.Namespace, run: Run, data: Data, lam: float) -> dic
 
 def settings(args: argparse.Namespace, lam: float) -> dict[str, str]:
     """Return the options that decide the result; a resumed run must have them all."""
-    free = {"out", "resume", "root", "device", "workers", "compare"}
+    free = {"out", "resume", "root", "device", "workers", "compare", "side_by_side", "validate_every"}
     return {name: str(value) for name, value in vars(args).items() if name not in free} | {"lam": str(lam)}
 
 
@@ -409,44 +450,6 @@ def steps_per_epoch(args: argparse.Namespace, labeled: Any, unlabeled: Any) -> i
     return max(1, max(shares) // args.batch_size)
 
 
-# What the end shows.
-
-Pictures = dict[str, Tensor]
-
-
-def show_heatmaps(run: Run, images: Tensor, views: Tensor, name: str) -> Pictures:
-    """Return heatmaps and overlays of images and their views, in turns: x_1, T(x_1), x_2, ..."""
-    model, layer = run.model, run.regularizer.target_layer
-    with torch.no_grad():
-        target = model.eval()(images).argmax(dim=1)
-    heatmaps = interleave(explain(model, images, layer, target), explain(model, views, layer, target))
-    return {f"{name}\nheatmap": heatmaps, f"{name}\noverlay": overlay(denormalize(interleave(images, views)), heatmaps)}
-
-
-def interleave(a: Tensor, b: Tensor) -> Tensor:
-    return torch.stack([a, b], dim=1).flatten(0, 1)
-
-
-def print_table(runs: dict[str, Run]) -> None:
-    """Print the last epoch of each run, side by side."""
-    rows = {
-        "top-1 accuracy": "val_top1",
-        "top-5 accuracy": "val_top5",
-        "balanced accuracy": "val_balanced_accuracy",
-        "CGC loss": "val_cgc",
-        "similarity of T(g(x)) and g(T(x))": "val_similarity",
-        "margin over other images": "val_margin",
-        "content heatmap": "val_content_heatmap",
-        "heatmaps mostly off the object": "val_mostly_off_object",
-        "seconds per epoch": "seconds",
-    }
-    print("\n| validation, last epoch | " + " | ".join(runs) + " |")
-    print("|---|" + "---|" * len(runs))
-    for title, name in rows.items():
-        if all(name in run.history[-1] for run in runs.values()):
-            print(f"| {title} | " + " | ".join(f"{run.history[-1][name]:.3f}" for run in runs.values()) + " |")
-
-
 @processes.joined()
 def main(argv: list[str] | None = None) -> None:
     with processes.writer_first():  # so that it alone says what is wrong with them
@@ -465,26 +468,29 @@ def main(argv: list[str] | None = None) -> None:
             )
     try:
         data = load_data(args.data, root=args.root, size=args.size, image_size=args.image_size, seed=args.seed)
-        pick = torch.linspace(0, len(data.validation) - 1, min(6, len(data.validation))).long().tolist()
-        images = torch.stack([data.validation[i][0] for i in pick]).to(args.device)
-        steps = steps_per_epoch(args, *split_labeled(data, args.labeled_fraction, seed=args.seed))
-        before = start(args, data, steps)
-        views = draw_view(before.regularizer, images)
-        pictures = {"image": denormalize(interleave(images, views)), **show_heatmaps(before, images, views, "before")}
-        runs = {}
+        before = start(args, data, steps_per_epoch(args, *split_labeled(data, args.labeled_fraction, seed=args.seed)))
+        images = examples_of(data.validation, 6).to(args.device)
+        pairs = with_views(images, draw(images))
+        layer = before.regularizer.target_layer
+        columns = {"image": denormalize(pairs), **heatmap_columns(before.model, layer, pairs, "before")}
+        if args.side_by_side:
+            train_side_by_side(args, weights)
+            args.resume = True  # they are finished, and only have to be read
+        last = {}
         for name, lam in weights.items():
             processes.say(f"Training with {name} (lam = {lam:g}) in {folders[name]}")
-            runs[name] = train(args, data, lam, folders[name])
-            pictures |= show_heatmaps(runs[name], images, views, name)
+            run = train(args, data, lam, folders[name])
+            columns |= heatmap_columns(run.model, layer, pairs, name)
+            last[name] = {key.removeprefix("val_"): value for key, value in run.history[-1].items()}
     except DataError as error:
         raise SystemExit(f"error: {last_line(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted.") from None
     if not processes.is_writer():
         return
-    print_table(runs)
+    print("\n" + table("validation, last epoch", {name: written(values) for name, values in last.items()}))
     picture = args.out / "gallery.png"
-    figure = gallery(pictures, title="Each image x, and below it T(x)")
+    figure = gallery(columns, title="Each image x, and below it T(x)")
     write_whole(picture, lambda path: figure.savefig(path, format="png", dpi=120))
     print(
         f"\nHeatmaps: {picture}\n"

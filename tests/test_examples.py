@@ -18,7 +18,6 @@ from torch import nn
 
 import benchmark
 import benchmark_profile
-import budgets
 import image_data
 import models
 import shapes
@@ -128,6 +127,55 @@ def test_training_writes_everything_and_prints_the_table(folder, tmp_path, capsy
             assert column in rows[-1]
         assert {"val_cgc", "val_similarity", "val_margin"} <= rows[-1].keys()
         assert ("train_cgc" in rows[-1]) == (name == "cgc")
+
+
+def test_trainings_side_by_side_are_those_one_after_the_other(folder, tmp_path, capsys):
+    options = ["--data", folder, "--compare", "--lam-warmup-epochs", "1"]
+    train(*options, "--out", tmp_path / "after")
+    after = capsys.readouterr().out
+    train(*options, "--out", tmp_path / "beside", "--side-by-side")
+    beside = capsys.readouterr().out
+    assert "cross-entropy + CGC: epoch 2/2" in beside
+    assert [line for line in after.splitlines() if line.startswith("| CGC loss")] == [
+        line for line in beside.splitlines() if line.startswith("| CGC loss")
+    ]
+    for name in ("cross-entropy", "cgc"):
+        weights = [checkpoint(tmp_path / how / name / "last.pt")["model"] for how in ("after", "beside")]
+        torch.testing.assert_close(*weights)
+
+
+def test_failure_side_by_side_is_that_of_the_training(folder, tmp_path, capsys):
+    train("--data", folder, "--out", tmp_path, "--compare", "--epochs", "1")
+    message = refused(capsys, "--data", folder, "--out", tmp_path, "--compare", "--side-by-side", "--resume")
+    assert "--epochs was 1 and is 2" in message
+    assert "--side-by-side is for" in refused(capsys, "--data", folder, "--out", tmp_path, "--side-by-side")
+
+
+def test_validation_may_be_rarer_than_epochs(folder, tmp_path):
+    train("--data", folder, "--out", tmp_path / "each", "--epochs", "3")
+    train("--data", folder, "--out", tmp_path / "some", "--epochs", "3", "--validate-every", "2")
+    each, some = (history(tmp_path / name / "cgc") for name in ("each", "some"))
+    assert ["val_top1" in row for row in some] == [False, True, True]
+    assert {**each[-1], "seconds": 0} == {**some[-1], "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--loss", "mse_consistency"], ["--heatmap", "layer_cam"], ["--official"]],
+    ids=lambda options: options[0],
+)
+def test_each_way_to_regularize_trains(folder, tmp_path, options):
+    train("--data", folder, "--out", tmp_path / "plain")
+    train("--data", folder, "--out", tmp_path / "other", *options)
+    plain, other = (
+        checkpoint(tmp_path / name / "cgc" / "last.pt")["model"]["fc.weight"] for name in ("plain", "other")
+    )
+    assert not torch.equal(plain, other)
+
+
+def test_official_goes_with_none_of_what_it_sets(folder, tmp_path, capsys):
+    message = refused(capsys, "--data", folder, "--out", tmp_path, "--official", "--heatmap", "layer_cam")
+    assert "--official sets what" in message
 
 
 def test_shapes_training_measures_the_content_heatmap(tmp_path, monkeypatch):
@@ -399,20 +447,3 @@ def test_pretrained_head_is_replaced():
     models.replace_head(model, 7)
     assert isinstance(model.classifier[3], nn.Linear)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
-
-
-def test_budgets_are_compared_with_full_price_and_not_repeated(monkeypatch, tmp_path, capsys, folder):
-    tiny = f"--data {folder} --arch small_resnet --image-size 32 --batch-size 4 --epochs 1 --workers 0"
-    monkeypatch.setattr(budgets, "SETTING", tiny)
-    monkeypatch.setattr(budgets, "BUDGETS", dict(list(budgets.BUDGETS.items())[:2]))
-    monkeypatch.setattr(budgets, "METRICS", {"CGC loss": "val_cgc", "content heatmap": "val_similarity"})
-    monkeypatch.setattr(budgets, "GAINS", ["val_cgc"])
-    command = ["--seeds", "0", "--out", str(tmp_path / "runs")]
-    budgets.main(command)
-    table = capsys.readouterr().out
-    row = next(line for line in table.splitlines() if line.startswith("| CGC |"))
-    assert "1.000 (1.000 to 1.000)" in row  # full price keeps all of its gain
-    written = (tmp_path / "runs" / "full-0" / "cgc" / "metrics.csv").stat().st_mtime_ns
-    budgets.main(command)
-    assert capsys.readouterr().out == table
-    assert (tmp_path / "runs" / "full-0" / "cgc" / "metrics.csv").stat().st_mtime_ns == written

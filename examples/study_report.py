@@ -1,0 +1,138 @@
+"""Tables and a picture of a study's results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from comparison import TITLES
+from study_config import Setting, Study
+
+Runs = Mapping[Setting, Mapping[int, Mapping[str, float]]]  # setting -> seed -> what was found
+ACCURACIES = ("top1", "top5", "balanced_accuracy")
+
+
+def study_report(study: Study, runs: Runs) -> str:
+    """Write the tables in Markdown."""
+    runs = {setting: found for setting, found in runs.items() if found}
+    if not runs:
+        return "There are no results yet."
+    parts = [f"{study.title}. Mean (lowest to highest) over {count_seeds(runs)} seeds:", values_table(study, runs)]
+    differences = differences_table(study, runs)
+    if differences:
+        parts += ["Difference from the baseline, paired by seed, with its 95 % confidence interval:", differences]
+    if study.full is not None:
+        parts += ["Share kept of the whole gain over the baseline, seed by seed:", gains_table(study, runs)]
+    return "\n\n".join(parts)
+
+
+def count_seeds(runs: Runs) -> str:
+    counts = sorted({len(found) for found in runs.values()})
+    return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+
+
+def values_table(study: Study, runs: Runs) -> str:
+    rows = [
+        [setting.name, *(spread([one[metric] for one in found.values()]) for metric in study.metrics)]
+        for setting, found in runs.items()
+    ]
+    return table(["training", *(TITLES[metric] for metric in study.metrics)], rows)
+
+
+def differences_table(study: Study, runs: Runs) -> str:
+    """Compare each setting that has a baseline with it; "" where none has."""
+    rows = []
+    for setting in runs:
+        if setting.baseline is not None:
+            cells = [interval(differences(study, runs, setting, metric)) for metric in study.metrics]
+            rows.append([setting.name, setting.baseline, *cells])
+    header = ["training", "baseline", *(TITLES[metric] for metric in study.metrics)]
+    if study.accuracy_baselines:
+        header = [f"{title} (best baseline)" if title in map(TITLES.get, ACCURACIES) else title for title in header]
+    return table(header, rows) if rows else ""
+
+
+def differences(study: Study, runs: Runs, setting: Setting, metric: str) -> list[float]:
+    """Return a metric's difference from the baseline, for the seeds that both have."""
+    found = {other.name: values for other, values in runs.items()}
+    names = [setting.baseline]
+    if metric in ACCURACIES and study.accuracy_baselines:
+        names = [name for name in study.accuracy_baselines if name in found]
+    candidates = [found[name] for name in names if name in found]
+    if not candidates:
+        return []
+    baseline = max(candidates, key=lambda values: statistics.mean(one[metric] for one in values.values()))
+    own = runs[setting]
+    return [own[seed][metric] - baseline[seed][metric] for seed in own if seed in baseline]
+
+
+def gains_table(study: Study, runs: Runs) -> str:
+    """Tell what share of the full setting's gain over its baseline each setting keeps over its own."""
+    full = next((setting for setting in runs if setting.name == study.full), None)
+    if full is None:
+        return ""
+    rows = []
+    for setting in runs:
+        if setting.baseline is not None:
+            cells = []
+            for metric in study.metrics:
+                whole, own = (differences(study, runs, one, metric) for one in (full, setting))
+                cells.append(spread([a / b for a, b in zip(own, whole, strict=False)]))
+            rows.append([setting.name, *cells])
+    return table(["training", *(TITLES[metric] for metric in study.metrics)], rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the mean, and the lowest and highest value."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+
+
+def interval(values: Sequence[float]) -> str:
+    """Write the mean and Student's interval that holds the true one with 95 % confidence."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:+.3f}"
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def draw_study(study: Study, runs: Runs) -> Figure:
+    """Draw one panel for each metric: curves over x where the settings have one, else a row of dots for each."""
+    runs = {setting: found for setting, found in runs.items() if found}
+    curves = [setting for setting in runs if setting.x is not None]
+    width = 3.4 * len(study.metrics) + (0 if curves else 2.2)
+    figure = Figure(figsize=(width, 3.4 if curves else 0.32 * len(runs) + 1.1), layout="constrained")
+    axes = figure.subplots(1, len(study.metrics), squeeze=False, sharey=not curves)[0]
+    for axis, metric in zip(axes, study.metrics, strict=True):
+        values = {setting: [one[metric] for one in found.values()] for setting, found in runs.items()}
+        if curves:
+            for line in dict.fromkeys(setting.line for setting in curves):
+                points = sorted((one.x or 0.0, values[one]) for one in curves if one.line == line)
+                x = [place for place, _ in points]
+                axis.plot(x, [statistics.mean(several) for _, several in points], marker="o", label=line)
+                axis.fill_between(x, *zip(*((min(v), max(v)) for _, v in points), strict=True), alpha=0.15)
+            for setting in runs:
+                if setting.x is None:
+                    axis.axhline(statistics.mean(values[setting]), color="grey", linestyle="--", label=setting.name)
+            axis.set_xlabel(study.x_axis or "")
+        else:
+            for row, several in enumerate(values.values()):
+                axis.plot(several, [row] * len(several), "o", alpha=0.5, color="C0")
+                axis.plot(statistics.mean(several), row, "|", markersize=14, color="black")
+            axis.set_yticks(range(len(runs)), [setting.name for setting in runs])
+        axis.set_title(TITLES[metric], fontsize=10)
+        axis.grid(alpha=0.3)
+    if curves:
+        axes[0].legend(fontsize=7)
+    else:
+        axes[0].invert_yaxis()
+    return figure

@@ -1,0 +1,141 @@
+"""Studies: each training once, intervals by hand, and that the documentation holds what the results say."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import study
+import study_report
+from study_config import Setting, Study, read_study
+
+EXPERIMENTS = Path(study.__file__).parent / "experiments"
+ROOT = EXPERIMENTS.parents[1]
+STUDIES = sorted(EXPERIMENTS.glob("*.toml"))
+
+TINY = """
+title = "Tiny"
+common = "--data {folder} --arch small_resnet --image-size 32 --batch-size 4 --epochs 1 --workers 0"
+seeds = [0, 1]
+metrics = ["top1", "cgc"]
+images = 2
+
+[[settings]]
+name = "plain"
+options = "--lam 0"
+
+[[settings]]
+name = "CGC"
+options = "--lam 0.5"
+baseline = "plain"
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    import torchvision
+
+    import shapes
+
+    for split, count in (("train", 8), ("val", 4)):
+        images, _, _ = shapes.draw_shapes(2 * count, size=32, seed=count)
+        for i, image in enumerate(images):
+            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torchvision.transforms.functional.to_pil_image(image).save(path)
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(folder=tmp_path / "images"))
+    return path
+
+
+def test_study_makes_each_training_once(tiny, tmp_path, capsys):
+    command = [str(tiny), "--out", str(tmp_path / "runs"), "--picture", str(tmp_path / "picture.png")]
+    study.main([*command, "--seeds", "0"])
+    first = (tmp_path / "results" / "tiny.jsonl").read_text()
+    study.main(command)
+    report = capsys.readouterr().out
+    both = (tmp_path / "results" / "tiny.jsonl").read_text()
+    assert both.startswith(first)
+    rows = [json.loads(line) for line in both.splitlines()]
+    assert sorted((row["setting"], row["seed"]) for row in rows) == [("CGC", 0), ("CGC", 1), ("plain", 0), ("plain", 1)]
+    assert "over 2 seeds" in report
+    values = [row["found"]["cgc"] for row in rows if row["setting"] == "CGC"]
+    assert f"{sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f})" in report
+    assert (tmp_path / "picture.png").stat().st_size > 5_000
+    study.main([*command, "--report"])
+    study.main(command)
+    assert (tmp_path / "results" / "tiny.jsonl").read_text() == both
+
+
+def settings(*names, **options):
+    return [Setting(name, f"--{name}", **options) for name in names]
+
+
+def make(found, metrics=("top1",), **options):
+    """Build a study and its runs from setting -> one value a seed; all but the first go beside the first."""
+    first, *others = found
+    all_settings = [Setting(first, ""), *settings(*others, baseline=first)]
+    made = Study("Title", "", [0, 1, 2], list(metrics), all_settings, **options)
+    values = {one: {seed: dict.fromkeys(metrics, v) for seed, v in enumerate(found[one.name])} for one in all_settings}
+    return made, values
+
+
+def test_difference_is_paired_and_has_students_interval():
+    made, runs = make({"plain": [0.1, 0.2, 0.6], "other": [0.2, 0.4, 0.9]})
+    # Differences 0.1, 0.2 and 0.3: mean 0.2, standard deviation 0.1, and t(0.975) with two degrees of freedom is 4.303.
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert f"+0.200 ({0.2 - half:+.3f} to {0.2 + half:+.3f})" in study_report.study_report(made, runs)
+
+
+def test_accuracy_is_compared_with_the_best_baseline():
+    found = {"one view": [0.5, 0.5], "two views": [0.6, 0.7], "CGC": [0.7, 0.7]}
+    made, runs = make(found, metrics=("top1", "cgc"), accuracy_baselines=("one view", "two views"))
+    cgc = made.settings[-1]
+    assert study_report.differences(made, runs, cgc, "top1") == pytest.approx([0.1, 0.0])
+    assert study_report.differences(made, runs, cgc, "cgc") == pytest.approx([0.2, 0.2])
+
+
+def test_gain_kept_is_a_share_of_the_whole_gain():
+    made, runs = make({"plain": [1.0, 2.0], "whole": [2.0, 4.0], "half": [1.5, 2.5]}, full="whole")
+    assert "| half | 0.375 (0.250 to 0.500) |" in study_report.study_report(made, runs)
+
+
+def test_seeds_that_one_side_lacks_are_left_out():
+    made, runs = make({"plain": [1.0], "other": [1.5, 9.0]})
+    assert study_report.differences(made, runs, made.settings[1], "top1") == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = ", "is not a study"),
+        ("colour = 1", "is not a study .*colour"),
+        ('title = "a"\ncommon = ""\nseeds = [0]\nmetrics = []', "must name its settings"),
+        (TINY.replace('baseline = "plain"', 'baseline = "plan"'), "must name its settings apart, and their baselines"),
+        (TINY.replace('name = "CGC"', 'name = "plain"'), "must name its settings apart"),
+    ],
+)
+def test_bad_study_is_one_sentence(tmp_path, text, message):
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        study.main([str(tmp_path / "bad.toml"), "--report"])
+
+
+def test_training_of_another_study_counts_whatever_the_order_of_its_options(tmp_path):
+    row = {"options": "--epochs 3 --data shapes --lam 1", "seed": 0, "found": {"top1": 0.5}}
+    (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    results = study.Results(tmp_path / "own.jsonl")
+    assert results.find("--lam 1.0 --data shapes --epochs 3", 0) == {"top1": 0.5}
+    assert results.find("--lam 1.0 --data shapes --epochs 3", 1) is None
+    assert results.find("--lam 1.0 --data shapes --epochs 4", 0) is None
+    results.add({**row, "seed": 1})
+    assert (tmp_path / "other.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_documentation_holds_the_report_of_each_study(path):
+    made, results = read_study(path), study.Results(EXPERIMENTS / "results" / f"{path.stem}.jsonl")
+    report = study_report.study_report(made, study.runs_of(made, results))
+    pages = (ROOT / "docs" / "results.md").read_text()
+    assert [line for line in report.splitlines() if line.startswith("|") and line not in pages] == []
