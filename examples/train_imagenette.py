@@ -72,8 +72,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--workers", type=int, default=2, help="processes that load images")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", default="resnet18", help="small_resnet, or a torchvision classifier")
-    model.add_argument("--pretrained", action="store_true", help="start from torchvision's weights")
+    model.add_argument(
+        "--arch", default="resnet18", help="small_resnet, efficientnet_lite0, or a torchvision classifier"
+    )
+    model.add_argument("--pretrained", action="store_true", help="start from weights trained on ImageNet")
     model.add_argument("--layer", help="layer of the heatmaps (default: the last one with a map)")
     train = parser.add_argument_group("training")
     train.add_argument("--lam", type=float, default=0.5, help="weight of CGC; 0 trains with cross-entropy alone")

@@ -19,7 +19,7 @@ title = "Tiny"
 common = "--data {folder} --arch small_resnet --image-size 32 --batch-size 4 --epochs 1 --workers 0"
 seeds = [0, 1]
 metrics = ["top1", "cgc"]
-images = 2
+evaluate = "--images 2"
 
 [[settings]]
 name = "plain"
