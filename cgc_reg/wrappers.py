@@ -40,9 +40,9 @@ class ExposedLayer(nn.Module):
         if len(kept) != 1:
             raise RuntimeError(
                 f"`target_layer` must be a layer that the model calls once in a pass; got {self.target_layer!r}, which "
-                f"it called {len(kept)} times. Name another. If this model or one of its class has run compiled without "
-                "`expose_layer`, torch.compile took that graph for this one: call `torch.compiler.reset()`, and compile "
-                "only what `expose_layer` returns."
+                f"it called {len(kept)} times. Name another. If this model, or one of its class, has run compiled "
+                "without `expose_layer`, torch.compile took that graph for this one: call `torch.compiler.reset()` and "
+                "compile only what `expose_layer` returns."
             )
         return output, kept[0]
 

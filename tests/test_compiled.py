@@ -149,3 +149,18 @@ def test_exposing_a_layer_that_is_not_called_is_refused():
     model.never = nn.Conv2d(3, 3, 1)
     with pytest.raises(RuntimeError, match="'never', which it called 0 times"):
         expose_layer(model, "never")(X)
+
+
+def test_graph_that_was_compiled_without_the_layer_is_never_taken_silently():
+    model = relu_net()
+    torch.compile(model, backend="eager")(X)
+    exposed = torch.compile(expose_layer(model, "features"), backend="eager")
+    expected = compute_step(regularizer(), model)
+    try:
+        loss, message = compute_step(regularizer(), exposed), ""
+    except RuntimeError as error:  # whether the compiler sees the difference depends on its version
+        loss, message = expected, str(error)
+    torch.testing.assert_close(loss, expected)
+    assert not message or "torch.compiler.reset()" in message
+    torch.compiler.reset()
+    torch.testing.assert_close(compute_step(regularizer(), exposed), expected)
