@@ -45,6 +45,15 @@ def folder(tmp_path):
     return root
 
 
+@pytest.fixture
+def one_thread():
+    """What two trainings at a time have each; another number of threads adds up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train(*arguments):
     train_imagenette.main([*TINY, *map(str, arguments)])
 
@@ -129,7 +138,7 @@ def test_training_writes_everything_and_prints_the_table(folder, tmp_path, capsy
         assert ("train_cgc" in rows[-1]) == (name == "cgc")
 
 
-def test_trainings_side_by_side_are_those_one_after_the_other(folder, tmp_path, capsys):
+def test_trainings_side_by_side_are_those_one_after_the_other(folder, tmp_path, capsys, one_thread):
     options = ["--data", folder, "--compare", "--lam-warmup-epochs", "1"]
     train(*options, "--out", tmp_path / "after")
     after = capsys.readouterr().out
