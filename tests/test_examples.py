@@ -19,6 +19,7 @@ from torch import nn
 import benchmark
 import benchmark_profile
 import image_data
+import jobs
 import models
 import shapes
 import summarize
@@ -43,15 +44,6 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             torchvision.transforms.functional.to_pil_image(image).save(path)
     return root
-
-
-@pytest.fixture
-def one_thread():
-    """What two trainings at a time have each; another number of threads adds up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(*arguments):
@@ -138,16 +130,16 @@ def test_training_writes_everything_and_prints_the_table(folder, tmp_path, capsy
         assert ("train_cgc" in rows[-1]) == (name == "cgc")
 
 
-def test_trainings_side_by_side_are_those_one_after_the_other(folder, tmp_path, capsys, one_thread):
-    options = ["--data", folder, "--compare", "--lam-warmup-epochs", "1"]
-    train(*options, "--out", tmp_path / "after")
-    after = capsys.readouterr().out
-    train(*options, "--out", tmp_path / "beside", "--side-by-side")
-    beside = capsys.readouterr().out
-    assert "cross-entropy + CGC: epoch 2/2" in beside
-    assert [line for line in after.splitlines() if line.startswith("| CGC loss")] == [
-        line for line in beside.splitlines() if line.startswith("| CGC loss")
-    ]
+def test_trainings_side_by_side_are_those_one_after_the_other(folder, tmp_path):
+    script = [EXAMPLES / "train_imagenette.py", *TINY, "--data", folder, "--compare", "--lam-warmup-epochs", "1"]
+    after, beside = [], []
+    # As many threads for each, since other numbers of them add up in another order.
+    jobs.run_script([*script, "--out", tmp_path / "after"], threads=1, on_line=after.append)
+    jobs.run_script([*script, "--out", tmp_path / "beside", "--side-by-side"], threads=2, on_line=beside.append)
+    assert any("cross-entropy + CGC: epoch 2/2" in line for line in beside)
+    loss, loss_beside = ([line for line in lines if line.startswith("| CGC loss")] for lines in (after, beside))
+    assert len(loss) == 1
+    assert loss == loss_beside
     for name in ("cross-entropy", "cgc"):
         weights = [checkpoint(tmp_path / how / name / "last.pt")["model"] for how in ("after", "beside")]
         torch.testing.assert_close(*weights)
