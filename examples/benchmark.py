@@ -30,6 +30,7 @@ from benchmark_processes import measure_processes
 from benchmark_profile import profile_step
 from benchmark_rows import (
     ALONE,
+    BFLOAT16,
     BOTH_VIEWS,
     COMPUTE,
     GATHERED,
@@ -196,7 +197,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--rows", default="", help="only the step of this name, or those whose names hold it, and what they go beside"
     )
     parser.add_argument("--compile", action="store_true", help="add compiled rows; on a CPU this needs a C++ compiler")
-    parser.add_argument("--amp", action="store_true", help="add rows under bfloat16 autocast, slow on many CPUs")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast: rows of it, and the parts of its step")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{steps_table(rows, seconds, memory)}", flush=True)
     if "parts" in args.tables:
         model = make_model(args)
-        step = make_rows(args, model)[COMPUTE].work
+        step = make_rows(args, model)[BFLOAT16 if args.amp else COMPUTE].work
         profiled = profile_step(step, model) if torch.device(args.device).type == "cpu" else {}
         parts = timed(make_parts(**sizes_of(args)), 5 * args.repeats)
         found |= {"parts": parts, "profiled": profiled}

@@ -25,6 +25,7 @@ ALONE = "cross-entropy on x"
 BOTH_VIEWS = "cross-entropy on both views"
 THREE_VIEWS = "cross-entropy on three views"
 COMPUTE = "`reg.compute`"
+BFLOAT16 = f"bfloat16: {COMPUTE}"
 GATHERED = f"{COMPUTE}, `gather_distributed`"
 DRAW, WARP_IMAGES, HEATMAPS = "draw T", "T(x)", "g(x) and g(T(x)), the inner gradient"
 WARP_HEATMAPS, LOSS = "T(g(x))", "loss and scalars"
@@ -119,7 +120,7 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
     if args.amp:
         both = f"bfloat16: {BOTH_VIEWS}"
         rows[both] = Row(plain(2, amp=True), both)
-        rows[f"bfloat16: {COMPUTE}"] = Row(compute(amp=True), both)
+        rows[BFLOAT16] = Row(compute(amp=True), both)
     if args.compile:
         both = f"compiled: {BOTH_VIEWS}"
         rows[both] = Row(plain(2, torch.compile(model)), both)

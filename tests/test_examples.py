@@ -368,6 +368,22 @@ def test_benchmark_measures_steps_parts_and_transforms(monkeypatch, tmp_path, ca
     assert list(found["growth"]) == ["batch size 2", "batch size 4", "heatmap size 3"]
 
 
+def test_benchmark_takes_the_parts_of_a_step_in_bfloat16(monkeypatch, capsys):
+    seen = []
+
+    def profile_step(step, model):
+        handle = model.layer4.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        step()
+        handle.remove()
+        return {}
+
+    monkeypatch.setattr(benchmark, "profile_step", profile_step)
+    sizes = ["--batch-size", "2", "--image-size", "64", "--repeats", "2", "--warmup", "0"]
+    benchmark.main([*sizes, "--tables", "parts", "--amp"])
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert "| together |" in capsys.readouterr().out
+
+
 def test_benchmark_compares_a_row_with_the_one_it_goes_beside(capsys):
     row = "`reg(model, x)`"
     benchmark.main([*SMALL_BENCHMARK, "--tables", "steps", "--no-memory", "--rows", row])
