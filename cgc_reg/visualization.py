@@ -1,32 +1,72 @@
-"""Pictures of heatmaps: overlays on a batch of images, and galleries. Needs matplotlib (the ``viz`` extra)."""
+"""Pictures of heatmaps: overlays, galleries, similarities and curves. Needs matplotlib (the ``viz`` extra)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgc_reg._checks import check_images, check_maps, describe
+from cgc_reg._checks import check_images, check_maps, check_pair, describe
+from cgc_reg.losses import unit_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cgc_reg.regularizer import CGCOutput
+
 COLORMAP = "turbo"
 
 
-def overlay(images: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> Tensor:
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo a normalization: images * std + mean, clipped to 0 to 1.
+
+    Args:
+        images: (c, H, W) or (n, c, H, W), normalized with ``mean`` and ``std``.
+        mean, std: one number for each channel, as given to torchvision's ``Normalize``.
+
+    Returns:
+        The images in their shape, from 0 to 1.
+
+    Raises:
+        ValueError: ``mean`` or ``std`` has another number of channels.
+
+    Example:
+        >>> denormalize(torch.zeros(2, 3, 8, 8), mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25]).unique()
+        tensor([0.5000])
+    """
+    if images.ndim not in (3, 4) or not images.is_floating_point() or not len(mean) == len(std) == images.shape[-3]:
+        raise ValueError(
+            "`mean` and `std` must have one number for each channel of `images`, floating-point and of shape "
+            f"(n, c, H, W) or (c, H, W); got {len(mean)} and {len(std)} for {describe(images)}."
+        )
+    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (images * scale + shift).clamp(0, 1)
+
+
+def overlay(
+    images: Tensor,
+    heatmaps: Tensor,
+    *,
+    alpha: float = 0.5,
+    mean: Sequence[float] = (0, 0, 0),
+    std: Sequence[float] = (1, 1, 1),
+) -> Tensor:
     """Paint each heatmap over its image, in colours from blue (least) to red (its own peak).
 
     Args:
-        images: (n, 3, H, W), from 0 to 1.
+        images: (n, 3, H, W), from 0 to 1, or normalized with ``mean`` and ``std``.
         heatmaps: (n, h, w), at any resolution; enlarged bilinearly.
         alpha: opacity of the heatmap, from 0 to 1.
+        mean, std: what the images were normalized with; by default they were not.
 
     Returns:
         (n, 3, H, W), from 0 to 1, on the CPU.
+
+    Raises:
+        ValueError: the images are not as many as the heatmaps, or have no three channels, or ``alpha`` lies elsewhere.
 
     Example:
         >>> overlay(torch.rand(2, 3, 64, 64), torch.rand(2, 4, 4)).shape
@@ -39,9 +79,59 @@ def overlay(images: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> Tensor:
             f"`images` must be (n, 3, H, W) with one image for each heatmap; got {describe(images)} and "
             f"{describe(heatmaps)}."
         )
-    images = images.detach().float().cpu()
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be from 0 (the image alone) to 1 (the heatmap alone); got {alpha}.")
+    images = denormalize(images.detach().float().cpu(), mean, std)
     colors = _colorize(heatmaps, (images.shape[2], images.shape[3]))
-    return ((1 - alpha) * images + alpha * colors).clamp(0, 1)
+    return (1 - alpha) * images + alpha * colors
+
+
+def pair_columns(
+    x: Tensor,
+    out: CGCOutput,
+    *,
+    count: int = 8,
+    mean: Sequence[float] = (0, 0, 0),
+    std: Sequence[float] = (1, 1, 1),
+) -> dict[str, Tensor]:
+    """Return the columns of a :func:`gallery` of what CGC compared: images, views and their heatmaps.
+
+    Args:
+        x: the images given to :meth:`CGCRegularizer.compute`, (n, 3, H, W), from 0 to 1, or normalized.
+        out: what it returned.
+        count: how many images, from the first.
+        mean, std: what the images were normalized with; by default they were not.
+
+    Returns:
+        title -> images (n, 3, H, W) or heatmaps (n, h, w), on the CPU; in the last two, the query and the key, what the
+        loss makes alike.
+
+    Example:
+        >>> import torchvision
+        >>> from cgc_reg import CGCRegularizer
+        >>> x = torch.rand(4, 3, 64, 64)
+        >>> out = CGCRegularizer("layer4").compute(torchvision.models.resnet18(), x)
+        >>> figure = gallery(pair_columns(x, out))
+    """
+    check_images("x", x)
+    if len(x) != len(out.heatmap):
+        raise ValueError(
+            f"`x` must be the images that `out` was computed from; got {len(x)} images, and `out` has "
+            f"{len(out.heatmap)}."
+        )
+    images, views, heatmap, query, key = (
+        each[:count].detach().float().cpu() for each in (x, out.view, out.heatmap, out.query, out.key)
+    )
+    images, views = denormalize(images, mean, std), denormalize(views, mean, std)
+    return {
+        "x": images,
+        "overlay of g(x)": overlay(images, heatmap),
+        "g(x)": heatmap,
+        "T(x)": views,
+        "overlay of g(T(x))": overlay(views, key),
+        "query T(g(x))": query,
+        "key g(T(x))": key,
+    }
 
 
 def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figure:
@@ -73,6 +163,39 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
         axes[0, column].set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def similarity_matrix(query: Tensor, key: Tensor, *, title: str | None = None) -> Figure:
+    """Draw the cosine of each query with each key, sim(q_i, k_j): what info-NCE compares.
+
+    A model that CGC has taught shows a bright diagonal, of pairs that agree, on a dark ground.
+
+    Args:
+        query: T(g(x)), (n, h, w), such as ``out.query``.
+        key: g(T(x)), (n, h, w), such as ``out.key``.
+        title: of the picture; default: the means of the diagonal and of the rest.
+
+    Returns:
+        A matplotlib figure, with query i in row i and key j in column j.
+
+    Example:
+        >>> figure = similarity_matrix(torch.rand(8, 7, 7), torch.rand(8, 7, 7))
+    """
+    from matplotlib.figure import Figure
+
+    check_pair(query, key)
+    similarity = (unit_maps(query.detach()) @ unit_maps(key.detach()).T).float().cpu()
+    if title is None:
+        own = torch.eye(len(query), dtype=torch.bool)
+        title = f"own pairs {similarity[own].mean():.2f}, others {similarity[~own].mean():.2f}"
+    figure = Figure(figsize=(4.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    picture = axis.imshow(similarity.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("key g(T(x)) of image j")
+    axis.set_ylabel("query T(g(x)) of image i")
+    figure.colorbar(picture, label="cosine similarity")
     return figure
 
 

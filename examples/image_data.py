@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
 
 import processes
+from cgc_reg import visualization
 from cgc_reg.metrics import box_masks
 from shapes import CLASSES, Shapes
 
@@ -161,8 +162,7 @@ def normalize() -> list[Callable[[Any], Any]]:
 
 def denormalize(images: Tensor) -> Tensor:
     """Bring normalised images back to values from 0 to 1."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-    return (images * std + mean).clamp(0, 1)
+    return visualization.denormalize(images, MEAN, STD)
 
 
 def split_labeled(data: Data, fraction: float, *, seed: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
