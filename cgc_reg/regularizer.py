@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +232,10 @@ class CGCRegularizer(nn.Module):
             output_fn=output_fn,
             reshape_transform=reshape_transform,
         )
+
+    if TYPE_CHECKING:
+        # To type checkers, calling a module takes and returns anything.
+        def __call__(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor: ...
 
     def forward(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return L_CGC for a loop that runs the model on x itself.

@@ -1,0 +1,40 @@
+"""What a user writes, for the type checkers: mypy (strict) and pyright both find nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cgc_reg import CGCOutput, CGCRegularizer, Consistency, RandomAffine, SpatialTransform, content_heatmap, explain
+from cgc_reg.visualization import gallery, overlay, pair_columns
+
+
+def scores(output: dict[str, Tensor]) -> Tensor:
+    return output["out"].mean(dim=(2, 3))
+
+
+def my_rule(activation: Tensor, gradient: Tensor) -> Tensor:
+    return (activation * gradient).sum(dim=1).relu()
+
+
+def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    reg = CGCRegularizer("layer4", transform=RandomAffine(degrees=10), heatmap=my_rule, output_fn=scores)
+    out: CGCOutput = reg.compute(model, x, target=y)
+    loss: Tensor = cross_entropy(out.logits, y) + 0.5 * out.loss
+    log: dict[str, float] = {name: float(value) for name, value in out.scalars.items()}
+    print(log)
+    view = SpatialTransform.identity(len(x))
+    loss = loss + reg(model, x) + reg.compute(model, x, view=view(x), transform=view).loss
+    with reg.reuse(model):
+        loss = loss + cross_entropy(scores(model(x)), y)
+        term: Tensor = reg(model, x, target=y)
+        loss = loss + term
+    total = Consistency()
+    total.update(out.query, out.key)
+    values: dict[str, float] = total.compute()
+    print(values, content_heatmap(out.heatmap, torch.ones(len(x), 64, 64, dtype=torch.bool)))
+    gallery(pair_columns(x, out)).savefig("pairs.png")
+    picture: Tensor = overlay(x, explain(model, x, "layer4", output_fn=scores))
+    print(picture.shape)
+    return loss
