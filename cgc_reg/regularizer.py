@@ -234,8 +234,9 @@ class CGCRegularizer(nn.Module):
         )
 
     if TYPE_CHECKING:
-        # To type checkers, calling a module takes and returns anything.
-        def __call__(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor: ...
+
+        def __call__(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
+            """Say to type checkers, for whom calling a module takes and returns anything, what forward does."""
 
     def forward(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Return L_CGC for a loop that runs the model on x itself.
