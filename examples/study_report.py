@@ -74,15 +74,17 @@ def gains_table(study: Study, runs: Runs) -> str:
     full = next((setting for setting in runs if setting.name == study.full), None)
     if full is None:
         return ""
+    # CGC promises no gain in accuracy, of which a share could be kept.
+    metrics = [metric for metric in study.metrics if metric not in ACCURACIES]
     rows = []
     for setting in runs:
         if setting.baseline is not None:
             cells = []
-            for metric in study.metrics:
+            for metric in metrics:
                 whole, own = (differences(study, runs, one, metric) for one in (full, setting))
                 cells.append(spread([a / b for a, b in zip(own, whole, strict=False)]))
             rows.append([setting.name, *cells])
-    return table(["training", *(TITLES[metric] for metric in study.metrics)], rows)
+    return table(["training", *(TITLES[metric] for metric in metrics)], rows)
 
 
 def spread(values: Sequence[float]) -> str:
