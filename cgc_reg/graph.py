@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 
 def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) -> None:
@@ -29,13 +31,13 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
 
 
 def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> None:
-    """Warn of a BatchNorm in training between the layer and the logits.
+    """Warn of a BatchNorm in training between the layer and the logits, not of one in a branch around the layer.
 
     Args:
         logits, layer_output: of one pass, with its graph.
         stacklevel: of the warning, as :func:`warnings.warn` counts for the caller.
     """
-    for node in _nodes(logits, until=layer_output):
+    for node in _nodes_between(layer_output, logits):
         if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
             warnings.warn(
                 "A BatchNorm behind `target_layer` normalises with the batch's statistics, so that the score of an "
@@ -56,9 +58,9 @@ def _reaches_another_leaf(tensor: Tensor, leaf: Tensor) -> bool:
     return any(variable is not None and variable is not leaf for variable in leaves)
 
 
-def _nodes(tensor: Tensor, until: Tensor | None = None) -> Iterator[Any]:
-    """Go through the nodes that a tensor was computed by, down to another tensor's."""
-    seen = {until.grad_fn} if until is not None else set()
+def _nodes(tensor: Tensor) -> Iterator[Any]:
+    """Go through the nodes that a tensor was computed by."""
+    seen = set()
     waiting = [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -66,3 +68,19 @@ def _nodes(tensor: Tensor, until: Tensor | None = None) -> Iterator[Any]:
             seen.add(node)
             waiting.extend(following for following, _ in node.next_functions)
             yield node
+
+
+def _nodes_between(source: Tensor, result: Tensor) -> Iterator[Any]:
+    """Go through the nodes that computed one tensor from another."""
+    users = defaultdict(list)
+    for node in _nodes(result):
+        for following, _ in node.next_functions:
+            users[following].append(node)
+    seen = set()
+    waiting = [get_gradient_edge(source).node]
+    while waiting:
+        for node in users[waiting.pop()]:
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+                yield node

@@ -58,6 +58,40 @@ def test_norm_behind_the_layer_is_pointed_out_once(run):
     run(reg, model)  # a second warning would be an error
 
 
+class Skip(nn.Module):
+    """A layer `top` beside a BatchNorm, in a network that adds up both branches."""
+
+    def __init__(self, behind=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2)
+        self.beside = nn.BatchNorm2d(6)
+        self.top = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
+        self.behind = behind or nn.Identity()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.behind(self.beside(x) + self.top(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_norm_beside_the_layer_is_not_behind_it(mixes, frozen):
+    model = Skip(nn.BatchNorm2d(6) if mixes else None)
+    if frozen:  # the layer's output is then a leaf of the graph
+        for module in (model.stem, model.beside, model.top):
+            module.requires_grad_(False)
+    kept = []
+    with model.top.register_forward_hook(lambda module, args, output: kept.append(output.requires_grad_())):
+        score = model(X)[0].max()
+    (gradient,) = torch.autograd.grad(score, kept)
+    assert bool(gradient[1:].count_nonzero()) == mixes  # the first image's score depends on the others' maps
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        regularizer("top")(model, X)
+    assert ["BatchNorm behind" in str(warning.message) for warning in caught] == [True] * mixes
+
+
 def test_only_what_mixes_images_is_pointed_out():
     evaluated = mixing_net()
     evaluated.features[1].eval()
