@@ -71,7 +71,9 @@ def _nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def _nodes_between(source: Tensor, result: Tensor) -> Iterator[Any]:
-    """Go through the nodes that computed one tensor from another."""
+    """Go through the nodes that computed one tensor from another; none where the first requires no gradient."""
+    if not source.requires_grad:
+        return
     users = defaultdict(list)
     for node in _nodes(result):
         for following, _ in node.next_functions:

@@ -73,6 +73,20 @@ def test_exposed_layer_trains_as_uncompiled(step, bn_mode, backend):
     torch.testing.assert_close(compiled, train(step, regularizer(bn_mode=bn_mode), plain, plain))
 
 
+@steps
+def test_exposed_layer_over_a_frozen_trunk_trains_the_head_as_uncompiled(step):
+    plain = relu_net()
+    plain.features.requires_grad_(False)
+    inner = copy.deepcopy(plain)
+    model = torch.compile(expose_layer(inner, "features"), backend="aot_eager")
+    results = []
+    for each in (model, plain):
+        step(regularizer(), each).backward()
+        results.append((inner if each is model else plain).head.weight.grad)
+    torch.testing.assert_close(*results)
+    assert results[0].count_nonzero() > 0
+
+
 def test_both_passes_of_an_exposed_layer_run_compiled_and_are_compiled_once():
     graphs, runs = [], []
 
