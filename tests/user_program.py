@@ -18,6 +18,10 @@ def my_rule(activation: Tensor, gradient: Tensor) -> Tensor:
     return (activation * gradient).sum(dim=1).relu()
 
 
+def term(reg: CGCRegularizer, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return reg(model, x, target=y)  # an error of mypy's, if this were anything at all
+
+
 def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     reg = CGCRegularizer("layer4", transform=RandomAffine(degrees=10), heatmap=my_rule, output_fn=scores)
     out: CGCOutput = reg.compute(model, x, target=y)
@@ -28,8 +32,7 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     loss = loss + reg(model, x) + reg.compute(model, x, view=view(x), transform=view).loss
     with reg.reuse(model):
         loss = loss + cross_entropy(scores(model(x)), y)
-        term: Tensor = reg(model, x, target=y)
-        loss = loss + term
+        loss = loss + term(reg, model, x, y)
     total = Consistency()
     total.update(out.query, out.key)
     values: dict[str, float] = total.compute()
