@@ -42,7 +42,7 @@ def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
             "`mean` and `std` must have one number for each channel of `images`, floating-point and of shape "
             f"(n, c, H, W) or (c, H, W); got {len(mean)} and {len(std)} for {describe(images)}."
         )
-    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    shift, scale = (torch.as_tensor(values).to(images)[:, None, None] for values in (mean, std))
     return (images * scale + shift).clamp(0, 1)
 
 
@@ -66,7 +66,7 @@ def overlay(
         (n, 3, H, W), from 0 to 1, on the CPU.
 
     Raises:
-        ValueError: the images are not as many as the heatmaps, or have no three channels, or ``alpha`` lies elsewhere.
+        ValueError: the images are not as many as the heatmaps or have not three channels, or ``alpha`` lies elsewhere.
 
     Example:
         >>> overlay(torch.rand(2, 3, 64, 64), torch.rand(2, 4, 4)).shape
@@ -105,6 +105,9 @@ def pair_columns(
     Returns:
         title -> images (n, 3, H, W) or heatmaps (n, h, w), on the CPU; in the last two, the query and the key, what the
         loss makes alike.
+
+    Raises:
+        ValueError: ``x`` has not as many images as ``out``, or ``mean`` or ``std`` another number of channels.
 
     Example:
         >>> import torchvision
@@ -178,6 +181,9 @@ def similarity_matrix(query: Tensor, key: Tensor, *, title: str | None = None) -
 
     Returns:
         A matplotlib figure, with query i in row i and key j in column j.
+
+    Raises:
+        ValueError, TypeError: query and key are not heatmaps of one shape.
 
     Example:
         >>> figure = similarity_matrix(torch.rand(8, 7, 7), torch.rand(8, 7, 7))
