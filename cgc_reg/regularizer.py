@@ -297,10 +297,11 @@ class CGCRegularizer(nn.Module):
     def reuse(self, model: nn.Module) -> Iterator[None]:
         """Let ``reg(model, x)`` use the loop's own pass over x: two passes a step, with both lines as they are.
 
-        What is reused is a pass of this model over this very tensor, made inside the ``with`` block with gradients on.
-        Everything else is computed as ever: other tensors, copies of x; a pass since which x, the weights, the training
-        mode or autocast have changed; compiled models. The passes are kept until the block ends, so open one for each
-        step. Both lines share a graph: sum the losses before the backward.
+        What is reused is a pass of this model over this very tensor alone, ``model(x)`` or ``model(pixel_values=x)``,
+        made inside the ``with`` block with gradients on. Everything else is computed as ever: other tensors, copies of
+        x; a pass since which x, the weights, the training mode or autocast have changed; compiled models. The passes
+        are kept until the block ends, so open one for each step. Both lines share a graph: sum the losses before the
+        backward.
 
         Args:
             model: the model being trained, wrapped or not.

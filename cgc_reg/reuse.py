@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -43,6 +44,15 @@ class KeptPasses:
                 (layer, layer_output), *_ = kept.layer_outputs
                 return ForwardPass(logits, inner_logits, layer_output, is_channels_last(layer, layer_output))
         return None
+
+
+def _only_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return x of a call that is ``model(x)``, or that with x by its name; None for any other call."""
+    given = [*args, *kwargs.values()]
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        return None
+    by_name = not kwargs or [*kwargs] == [*signature(model.forward).parameters][:1]
+    return given[0] if by_name else None
 
 
 def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
@@ -99,9 +109,9 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         going.clear()
-        plain = len(args) == 1 and isinstance(args[0], Tensor) and not args[0].is_inference() and not kwargs
-        if plain and torch.is_grad_enabled() and not is_own_pass():
-            going.append(KeptPass(args[0], _state(model, args[0])))
+        x = _only_input(inner, args, kwargs)
+        if x is not None and not x.is_inference() and torch.is_grad_enabled() and not is_own_pass():
+            going.append(KeptPass(x, _state(model, x)))
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
         if not going or not isinstance(output, Tensor) or not output.requires_grad:

@@ -41,6 +41,39 @@ def test_two_lines_cost_two_passes():
     assert len(passes) == 2
 
 
+class Named(nn.Module):
+    """Takes images by name, and something else beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, pixel_values=None, shift=None):
+        return self.net(pixel_values if shift is None else pixel_values + shift)
+
+
+@pytest.mark.parametrize(("given", "count"), [({"pixel_values": X}, 2), ({"pixel_values": X, "shift": X}, 3)])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "data parallel"])
+def test_x_by_name_is_the_same_pass_and_what_comes_beside_makes_another(given, count, wrap):
+    model = Named()
+    passes, reg = counted(model.net), CGCRegularizer("net.features", generator=generator(0))
+    wrapped = wrap(model)
+    with reg.reuse(wrapped):
+        loss = wrapped(**given).sum() + reg(wrapped, X)
+    assert len(passes) == count
+    assert loss.isfinite()
+
+
+def test_a_tensor_by_another_name_is_another_pass():
+    model = Named()
+    model.forward = lambda image=None, pixel_values=None: model.net(2 * X if image is None else image)
+    passes, reg = counted(model.net), CGCRegularizer("net.features", generator=generator(0))
+    with reg.reuse(model):
+        loss = model(pixel_values=X).sum() + reg(model, X)
+    assert len(passes) == 3
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("heatmap", ["grad_cam", "hires_cam", "class_activation"])
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "data parallel"])
 def test_loss_gradients_and_buffers_are_those_of_compute(heatmap, wrap):
