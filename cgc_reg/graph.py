@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 
-def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) -> None:
-    """Refuse heatmaps that would train nothing, where the model has something to train.
+def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) -> bool:
+    """Tell whether heatmaps train something; refuse those that train nothing of a model that has something to train.
 
     Args:
         heatmaps: (n, h, w), as they go into the loss.
@@ -20,7 +20,7 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
         model: whose parameters are to be trained.
     """
     if heatmaps.requires_grad and (not layer_output.is_leaf or _reaches_another_leaf(heatmaps, layer_output)):
-        return
+        return True
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise RuntimeError(
             "The heatmaps must depend on the model's trainable parameters through autograd; got heatmaps that train "
@@ -28,6 +28,7 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
             "layer that the heatmaps depend on (a bias behind the target layer is none); to only measure the loss, "
             "call the regularizer under `torch.no_grad()`."
         )
+    return False
 
 
 def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> None:

@@ -385,16 +385,16 @@ class CGCRegularizer(nn.Module):
         loss = self._loss(query, key)
 
         logits, view_logits = image_pass.logits, view_pass.logits
-        if torch.is_grad_enabled():
-            check_trainable(query, image_pass.layer_output, unwrap(model))
-            if not self.detach_key:
-                check_trainable(key, view_pass.layer_output, unwrap(model))
-            if (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
-                loss = reach_all_parameters(loss, logits)
-        else:
+        trains = torch.is_grad_enabled() and check_trainable(query, image_pass.layer_output, unwrap(model))
+        if trains and not self.detach_key:
+            check_trainable(key, view_pass.layer_output, unwrap(model))
+        if trains and (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
+            loss = reach_all_parameters(loss, logits)
+        if not trains:
+            # Under `no_grad`, and in a model without anything to train, a pass still builds a graph from the layer
+            # upward, for the inner gradient. A loss in it would have a backward that does nothing, in silence.
             loss, logits, heatmap, query = (tensor.detach() for tensor in (loss, logits, heatmap, query))
-        if self.detach_key or not torch.is_grad_enabled():
-            # Under `no_grad` a pass still builds a graph from the layer upward, for the inner gradient.
+        if not trains or self.detach_key:
             view_logits, key = view_logits.detach(), key.detach()
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
         return CGCOutput(loss, logits, view_logits, view, transform, target, heatmap, query, key, scalars)

@@ -359,7 +359,7 @@ class RandomAffine:
     to whole pixels. A rotation is one in pixels, also when the image is not square.
 
     Args:
-        degrees: (minimum, maximum) of the clockwise angle in degrees; a number d stands for (-d, d).
+        degrees: (minimum, maximum) of the clockwise angle in degrees; a number d stands for (-d, d), and 0 for none.
         translate: largest horizontal and vertical shift, as shares of the image's width and height.
         scale: (minimum, maximum) of the zoom; above 1 enlarges.
         shear: in degrees; a number s stands for (-s, s) along x, two numbers for a range along x, four for ranges
@@ -370,7 +370,7 @@ class RandomAffine:
         torch.Size([8, 2, 3])
     """
 
-    degrees: float | tuple[float, float] = 0.0
+    degrees: float | tuple[float, float]
     translate: tuple[float, float] | None = None
     scale: tuple[float, float] | None = None
     shear: float | tuple[float, float] | tuple[float, float, float, float] | None = None

@@ -683,6 +683,22 @@ def test_frozen_trunk_leaves_the_heads_gradients_as_they_are():
     torch.testing.assert_close(frozen, {name: full[name] for name in frozen})
 
 
+@pytest.mark.parametrize("options", [{}, {"detach_key": True}, {"heatmap": "class_activation"}], ids=str)
+def test_loss_of_a_model_with_nothing_to_train_is_a_number_whose_backward_says_so(options):
+    model = relu_net().requires_grad_(False)
+    out = regularizer(**options).compute(model, X)
+    assert out.loss.isfinite()
+    assert not any(getattr(out, name).requires_grad for name in ("loss", "logits", "view_logits", "query", "key"))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        (F.cross_entropy(out.logits, torch.zeros(len(X), dtype=torch.long)) + out.loss).backward()
+
+
+def test_images_are_trained_through_a_frozen_model():
+    x = X.clone().requires_grad_()
+    regularizer()(relu_net().requires_grad_(False), x).backward()
+    assert x.grad.abs().max() > 0
+
+
 def test_frozen_head_leaves_the_trunks_gradients_as_they_are():
     model = deep_head_net()
     full = gradients(regularizer()(model, X), model)

@@ -17,7 +17,7 @@ from cgc_reg import RandomAffine, RandomResizedCropFlip, SpatialTransform
 SAMPLERS = [
     RandomResizedCropFlip(),
     RandomResizedCropFlip(scale=(0.5, 0.9), ratio=(0.2, 5.0), flip_p=0.1),
-    RandomAffine(),
+    RandomAffine(0),
     RandomAffine(30, translate=(0.2, 0.1), scale=(0.5, 1.5), shear=(-10, 10, -5, 5)),
 ]
 samplers = st.sampled_from(SAMPLERS)
@@ -231,7 +231,7 @@ def in_pixels(transform, image_size):
 @laws
 @given(batch_sizes, sizes(1, 300))
 def test_an_affine_without_arguments_is_the_identity(n, image_size):
-    assert torch.equal(RandomAffine().sample(n, image_size).theta, SpatialTransform.identity(n).theta)
+    assert torch.equal(RandomAffine(0).sample(n, image_size).theta, SpatialTransform.identity(n).theta)
 
 
 @laws
@@ -311,12 +311,12 @@ def test_drawn_parameters_lie_in_their_ranges(seed, size, degrees, zoom, transla
     [
         (RandomAffine((-20, 70)), lambda m, b: torch.atan2(m[:, 1, 0], m[:, 0, 0]).rad2deg(), -20, 70),
         (RandomAffine(45), lambda m, b: torch.atan2(m[:, 1, 0], m[:, 0, 0]).rad2deg(), -45, 45),
-        (RandomAffine(translate=(0.2, 0.1)), lambda m, b: b[:, 0] / 48, -0.2, 0.2),
-        (RandomAffine(translate=(0.2, 0.1)), lambda m, b: b[:, 1] / 32, -0.1, 0.1),
-        (RandomAffine(scale=(0.5, 2)), lambda m, b: m[:, 0, 0], 0.5, 2),
-        (RandomAffine(shear=10), lambda m, b: (-m[:, 0, 1]).atan().rad2deg(), -10, 10),
-        (RandomAffine(shear=(5, 15)), lambda m, b: (-m[:, 0, 1]).atan().rad2deg(), 5, 15),
-        (RandomAffine(shear=(0, 0, -5, 20)), lambda m, b: (-m[:, 1, 0]).atan().rad2deg(), -5, 20),
+        (RandomAffine(0, translate=(0.2, 0.1)), lambda m, b: b[:, 0] / 48, -0.2, 0.2),
+        (RandomAffine(0, translate=(0.2, 0.1)), lambda m, b: b[:, 1] / 32, -0.1, 0.1),
+        (RandomAffine(0, scale=(0.5, 2)), lambda m, b: m[:, 0, 0], 0.5, 2),
+        (RandomAffine(0, shear=10), lambda m, b: (-m[:, 0, 1]).atan().rad2deg(), -10, 10),
+        (RandomAffine(0, shear=(5, 15)), lambda m, b: (-m[:, 0, 1]).atan().rad2deg(), 5, 15),
+        (RandomAffine(0, shear=(0, 0, -5, 20)), lambda m, b: (-m[:, 1, 0]).atan().rad2deg(), -5, 20),
     ],
 )
 def test_parameters_are_uniform_and_each_image_draws_its_own(sampler, parameter, low, high):
@@ -398,22 +398,22 @@ def torchvision_matrix(angle, translate, scale, shear):
         (lambda: RandomAffine(degrees=(20, 10)), r"`degrees` must be \(minimum, maximum\); .* Swap the two"),
         (lambda: RandomAffine(degrees=(1, 2, 3)), r"`degrees` must be two numbers .* got \(1, 2, 3\)"),
         (lambda: RandomAffine(degrees="30"), r"`degrees` must be two numbers .* got '30'"),
-        (lambda: RandomAffine(translate=0.1), r"`translate` must be two shares from 0 to 1 .* got 0.1"),
-        (lambda: RandomAffine(translate=(0.1,)), r"`translate` must be two shares .* got \(0.1,\)"),
-        (lambda: RandomAffine(translate=(0.1, 1.2)), r"`translate` must be two shares .* got \(0.1, 1.2\)"),
-        (lambda: RandomAffine(translate=(-0.1, 0.1)), r"`translate` must be two shares .* got \(-0.1, 0.1\)"),
-        (lambda: RandomAffine(translate=("a", 0.1)), r"`translate` must be two shares .* got \('a', 0.1\)"),
-        (lambda: RandomAffine(scale=(2, 1)), r"`scale` must be \(minimum, maximum\); .* Swap the two"),
-        (lambda: RandomAffine(scale=(0, 1)), r"`scale` must be two positive numbers; got \(0, 1\)"),
-        (lambda: RandomAffine(scale=(-1, 1)), r"`scale` must be two numbers .* got \(-1, 1\)"),
-        (lambda: RandomAffine(scale=1.5), r"`scale` must be two numbers .* got 1.5"),
-        (lambda: RandomAffine(shear=90), r"`shear` must lie between -90 and 90 degrees; got 90"),
-        (lambda: RandomAffine(shear=(-90, 0)), r"`shear` must lie between -90 and 90 degrees; got \(-90, 0\)"),
-        (lambda: RandomAffine(shear=(0, 0, 0, 95)), r"`shear` must lie between -90 and 90 .* got \(0, 0, 0, 95\)"),
-        (lambda: RandomAffine(shear=(0, 0, 5, -5)), r"`shear` must be \(minimum, maximum\); .* Swap the two"),
-        (lambda: RandomAffine(shear=(5, -5)), r"`shear` must be \(minimum, maximum\); .* Swap the two"),
-        (lambda: RandomAffine(shear=(1, 2, 3)), r"`shear` must be two numbers .* got \(1, 2, 3\)"),
-        (lambda: RandomAffine(shear=-5), r"`shear` must not be negative when it is one number; got -5"),
+        (lambda: RandomAffine(0, translate=0.1), r"`translate` must be two shares from 0 to 1 .* got 0.1"),
+        (lambda: RandomAffine(0, translate=(0.1,)), r"`translate` must be two shares .* got \(0.1,\)"),
+        (lambda: RandomAffine(0, translate=(0.1, 1.2)), r"`translate` must be two shares .* got \(0.1, 1.2\)"),
+        (lambda: RandomAffine(0, translate=(-0.1, 0.1)), r"`translate` must be two shares .* got \(-0.1, 0.1\)"),
+        (lambda: RandomAffine(0, translate=("a", 0.1)), r"`translate` must be two shares .* got \('a', 0.1\)"),
+        (lambda: RandomAffine(0, scale=(2, 1)), r"`scale` must be \(minimum, maximum\); .* Swap the two"),
+        (lambda: RandomAffine(0, scale=(0, 1)), r"`scale` must be two positive numbers; got \(0, 1\)"),
+        (lambda: RandomAffine(0, scale=(-1, 1)), r"`scale` must be two numbers .* got \(-1, 1\)"),
+        (lambda: RandomAffine(0, scale=1.5), r"`scale` must be two numbers .* got 1.5"),
+        (lambda: RandomAffine(0, shear=90), r"`shear` must lie between -90 and 90 degrees; got 90"),
+        (lambda: RandomAffine(0, shear=(-90, 0)), r"`shear` must lie between -90 and 90 degrees; got \(-90, 0\)"),
+        (lambda: RandomAffine(0, shear=(0, 0, 0, 95)), r"`shear` must lie between -90 and 90 .* got \(0, 0, 0, 95\)"),
+        (lambda: RandomAffine(0, shear=(0, 0, 5, -5)), r"`shear` must be \(minimum, maximum\); .* Swap the two"),
+        (lambda: RandomAffine(0, shear=(5, -5)), r"`shear` must be \(minimum, maximum\); .* Swap the two"),
+        (lambda: RandomAffine(0, shear=(1, 2, 3)), r"`shear` must be two numbers .* got \(1, 2, 3\)"),
+        (lambda: RandomAffine(0, shear=-5), r"`shear` must not be negative when it is one number; got -5"),
     ],
 )
 def test_an_argument_out_of_its_range_is_refused(call, message):
