@@ -1,49 +1,121 @@
-"""The Python of README and docs runs, each page from top to bottom as one program."""
+"""The Python of README and docs runs, each page from top to bottom as one program; the site builds, and is complete."""
 
+import ast
 import functools
+import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torchvision
 
+import cgc_reg
+from cgc_reg import CGCRegularizer, visualization
+
 ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+WITH_PYTHON = [name for name, path in PAGES.items() if "```python" in path.read_text()]
 
 
-def test_readme_blocks_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
     # Its default backend takes a C++ compiler and a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for split in ("a", "b"):
-        for i in range(2):
-            path = tmp_path / split / f"{i}.png"
-            path.parent.mkdir(exist_ok=True)
-            torchvision.utils.save_image(torch.rand(3, 64, 64), path)
+    names = names_for(name, tmp_path)
+    for block in re.findall(r"^```python\n(.*?)^```", PAGES[name].read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, name, "exec"), names)  # the page itself is under test
+    for loss in (names[one] for one in ("loss", "out") if one in names):
+        assert torch.as_tensor(getattr(loss, "loss", loss)).isfinite().all()
+
+
+def names_for(page, folder):
+    """Return what a page takes for granted."""
     x, y = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
     names = {
+        "torch": torch,
+        "cross_entropy": torch.nn.functional.cross_entropy,
+        "CGCRegularizer": CGCRegularizer,
+        "RandomResizedCropFlip": cgc_reg.RandomResizedCropFlip,
         "model": torchvision.models.resnet18(num_classes=10),
-        "loader": [(x, y)],
+        "reg": CGCRegularizer("layer4"),
         "x": x,
         "y": y,
         "images": torch.rand(4, 3, 224, 224),
         "unlabeled": torch.rand(4, 3, 64, 64),
-        "folder": tmp_path,
+        "loader": [(x, y)],
+        "folder": folder,
+        "steps": 2,
     }
-    run_blocks(ROOT / "README.md", names, at_least=5)
-    assert names["loss"].isfinite()
-    assert names["picture"].shape == (4, 3, 224, 224)
+    if page == "method.md":  # on measuring
+        images, boxes = torch.rand(64, 3, 64, 64), torch.tensor([[0, 0, 224, 112]] * 64)
+        names["loader"] = [(images, boxes), (images[:1], boxes[:1])]
+    if page == "README.md":
+        for i in range(4):
+            path = folder / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            torchvision.utils.save_image(torch.rand(3, 64, 64), path)
+    return names
 
 
-def test_blocks_on_measuring_run(capsys):
-    images, boxes = torch.rand(64, 3, 64, 64), torch.tensor([[0, 0, 224, 112]] * 64)
-    names = {"model": torchvision.models.resnet18(num_classes=10), "loader": [(images, boxes), (images[:1], boxes[:1])]}
-    run_blocks(ROOT / "docs" / "method.md", names, at_least=1)
-    assert names["pairs"].compute()["groups"] == 1
-    assert names["content"].compute()["count"] == 65
-    assert "positive_similarity" in capsys.readouterr().out
+def messages():
+    """Return the words of each error and warning in the package that stay the same: the longest run before "got"."""
+    found = set()
+    for path in sorted((ROOT / "cgc_reg").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            call = node.exc if isinstance(node, ast.Raise) else getattr(node, "value", None)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                call = node
+            elif not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith("Error"):
+                continue
+            if call.args and isinstance(call.args[0], ast.Constant | ast.JoinedStr):
+                parts = getattr(call.args[0], "values", [call.args[0]])
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts)
+                first = re.split(r"; got|\. ", text)[0]
+                found.add(max(first.split("\0"), key=len).strip(" `,.'()"))
+    return sorted(found)
 
 
-def run_blocks(page, names, at_least):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= at_least
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)  # the page itself is under test
+def test_troubleshooting_has_each_message():
+    page = PAGES["troubleshooting.md"].read_text().replace("`", "")
+    assert len(messages()) > 70
+    assert [text for text in messages() if text.replace("`", "") not in page] == []
+
+
+def test_reference_has_each_public_name():
+    page = PAGES["api.md"].read_text()
+    pictures = [
+        name
+        for name, value in vars(visualization).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == visualization.__name__
+    ]
+    wanted = [f"cgc_reg.{name}" for name in cgc_reg.__all__] + [f"cgc_reg.visualization.{name}" for name in pictures]
+    assert [name for name in wanted if not re.search(rf":: {re.escape(name)}$", page, re.MULTILINE)] == []
+
+
+def test_table_of_names_has_each_signature():
+    rows = re.findall(r"^\| `([\w.]+)` \| (?:`(.*?)`)? \|", PAGES["names.md"].read_text(), re.MULTILINE)
+    named = {}
+    for name, arguments in rows:
+        value = functools.reduce(getattr, name.split("."), cgc_reg)
+        parameters = [p.replace(annotation=p.empty) for p in inspect.signature(value).parameters.values()]
+        own = inspect.Signature([p for p in parameters if p.name != "self"])
+        if arguments or name not in ("CGCOutput", "TransformSampler"):  # which nobody makes
+            assert str(own) == f"({arguments})", name
+        named[name] = value
+    assert set(cgc_reg.__all__) <= named.keys()
+    for name, value in list(named.items()):
+        if isinstance(value, type):
+            methods = {f"{name}.{key}" for key, one in vars(value).items() if callable(one) and not key.startswith("_")}
+            assert methods - named.keys() <= {f"{name}.extra_repr"}
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees"]
+    made = subprocess.run([*build, ROOT / "docs", tmp_path / "html"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= {
+        path.name for path in (tmp_path / "html").iterdir()
+    }
