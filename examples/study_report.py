@@ -108,13 +108,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def draw_study(study: Study, runs: Runs) -> Figure:
-    """Draw one panel for each metric: curves over x where the settings have one, else a row of dots for each."""
+    """Draw a panel for each metric, four side by side: curves over x where settings have one, else dots for each."""
     runs = {setting: found for setting, found in runs.items() if found}
     curves = [setting for setting in runs if setting.x is not None]
-    width = 3.4 * len(study.metrics) + (0 if curves else 2.2)
-    figure = Figure(figsize=(width, 3.4 if curves else 0.32 * len(runs) + 1.1), layout="constrained")
-    axes = figure.subplots(1, len(study.metrics), squeeze=False, sharey=not curves)[0]
-    for axis, metric in zip(axes, study.metrics, strict=True):
+    columns = min(4, len(study.metrics))
+    rows = -(-len(study.metrics) // columns)
+    width, height = 3.4 * columns + (0 if curves else 2.2), 3.4 if curves else 0.32 * len(runs) + 1.1
+    figure = Figure(figsize=(width, rows * height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=not curves).flatten().tolist()
+    for axis in axes[len(study.metrics) :]:
+        axis.set_axis_off()
+    for axis, metric in zip(axes, study.metrics, strict=False):
         values = {setting: [one[metric] for one in found.values()] for setting, found in runs.items()}
         if curves:
             for line in dict.fromkeys(setting.line for setting in curves):
