@@ -41,7 +41,7 @@ def load_cub200(root: Path, image_size: int) -> Data:
             else:
                 left, top, width, height = map(float, sides[image])
                 validation.append(file)
-                boxes.append((left, top, left + width, top + height))
+                boxes.append([(left, top, left + width, top + height)])
     except (OSError, ValueError, LookupError) as error:
         raise DataError(f"{folder} cannot be used ({type(error).__name__}: {error}); {CUB_200}.") from None
     return Data(

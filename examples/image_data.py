@@ -24,6 +24,7 @@ from cgc_reg.metrics import box_masks
 from shapes import CLASSES, Shapes
 
 IMAGENETTE_FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
+BOXES = "LOC_val_solution.csv"  # of ImageNet's validation images, as its localisation task comes
 ALTERNATIVES = "use --data shapes (built in) or --data DIR (a folder with train/ and val/)"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,7 +55,7 @@ def load_shapes(*, image_size: int, seed: int, train: int = 2048, validation: in
 
 
 def load_folder(folder: Path, image_size: int) -> Data:
-    """Load the images in folder/train/CLASS and folder/val/CLASS."""
+    """Load the images in folder/train/CLASS and folder/val/CLASS; with ImageNet's boxes, if they lie beside them."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; {ALTERNATIVES}.")
     train = open_split(folder / "train", random_crop(image_size))
@@ -64,7 +65,27 @@ def load_folder(folder: Path, image_size: int) -> Data:
         raise DataError(
             f"{folder}/train and {folder}/val must hold the same classes; they differ in {', '.join(different)}."
         )
-    return Data(train, validation, train.classes, train.targets)
+    boxes = folder / BOXES
+    with_boxes = with_imagenet_boxes(validation, boxes, centre_crop(image_size)) if boxes.exists() else validation
+    return Data(train, with_boxes, train.classes, train.targets)
+
+
+def with_imagenet_boxes(images: ImageFolder, path: Path, transform: Callable[..., Any]) -> ImageFiles:
+    """Add the boxes of ImageNet's localisation task, of which an image may have several.
+
+    The file has a header, and then lines such as ``ILSVRC2012_val_00000001,n01751748 111 108 230 366``: the image's
+    name, and for each object its class and its left, top, right and bottom edge in pixels.
+    """
+    try:
+        lines = dict(line.split(",") for line in path.read_text().splitlines()[1:])
+        boxes = []
+        for file, _ in images.samples:
+            words = lines[Path(file).stem].split()
+            edges = [words[i + 1 : i + 5] for i in range(0, len(words), 5)]
+            boxes.append([(float(x), float(y), float(right), float(bottom)) for x, y, right, bottom in edges])
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"{path} cannot be used ({type(error).__name__}: {error}); remove it or repair it.") from None
+    return ImageFiles(images.samples, transform, boxes)
 
 
 def open_split(folder: Path, transform: Callable[[Any], Any]) -> ImageFolder:
@@ -89,19 +110,19 @@ def open_image(path: str) -> Image.Image:
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files as (image, class), or as (image, class, mask) where the object's box is known.
+    """Image files as (image, class), or as (image, class, mask) where the objects' boxes are known.
 
     Args:
         files: path and class of each image.
-        transform: from a PIL image, or from it and its box, to what the data set gives.
-        boxes: left, top, right and bottom edge of each object, in pixels of its image file.
+        transform: from a PIL image, or from it and its boxes, to what the data set gives.
+        boxes: of each image, left, top, right and bottom edge of each object in it, in pixels of the file.
     """
 
     def __init__(
         self,
         files: Sequence[tuple[str, int]],
         transform: Callable[..., Any],
-        boxes: Sequence[tuple[float, float, float, float]] | None = None,
+        boxes: Sequence[Sequence[tuple[float, float, float, float]]] | None = None,
     ) -> None:
         self.files = files
         self.transform = transform
@@ -115,9 +136,9 @@ class ImageFiles(Dataset[Any]):
         image = open_image(path)
         if self.boxes is None:
             return self.transform(image), label
-        box = tv_tensors.BoundingBoxes(self.boxes[index], format="XYXY", canvas_size=(image.height, image.width))
-        image, box = self.transform(image, box)
-        return image, label, box_masks(box, image.shape[1:])[0]
+        boxes = tv_tensors.BoundingBoxes(self.boxes[index], format="XYXY", canvas_size=(image.height, image.width))
+        image, boxes = self.transform(image, boxes)
+        return image, label, box_masks(boxes, image.shape[1:]).any(dim=0)
 
 
 def load_imagenette(root: Path, size: str, image_size: int) -> Data:

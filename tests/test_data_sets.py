@@ -87,7 +87,7 @@ def test_cub200_is_read_as_published(birds):
     assert (mask.dtype, mask.shape) == (torch.bool, (32, 32))
     first = data.validation.files[0][0]
     assert first.endswith("Albatross_0009_63.jpg")
-    assert data.validation.boxes[0] == (9, 6, 33, 36)
+    assert data.validation.boxes[0] == [(9, 6, 33, 36)]
 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (128, 208), (176, 128)])
@@ -130,6 +130,50 @@ def test_cub200_that_cannot_be_used_is_one_sentence(birds, tmp_path):
     (birds / "bounding_boxes.txt").unlink()
     with pytest.raises(image_data.DataError, match=r"cannot be used .*No such file.*bounding_boxes.txt'\); unpack"):
         load("cub200", tmp_path)
+
+
+# ---- ImageNet, as its localisation task comes
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Two classes; the first validation image has two boxes, painted white."""
+    folder = tmp_path / "imagenet"
+    for wnid in ("n01440764", "n03995372"):
+        for i in (1, 2):
+            draw(folder / "train" / wnid / f"{wnid}_{i}.JPEG", seed=i)
+            draw(folder / "val" / wnid / f"ILSVRC2012_val_{wnid[-1]}_{i}.JPEG", seed=i)
+    image = torch.zeros(3, 128, 208, dtype=torch.uint8)
+    image[:, 20:60, 60:80] = 255
+    image[:, 80:120, 100:140] = 255
+    to_pil_image(image).save(folder / "val" / "n01440764" / "ILSVRC2012_val_4_1.JPEG", format="PNG")
+    lines = [
+        "ILSVRC2012_val_4_1,n01440764 60 20 80 60 n01440764 100 80 140 120 ",
+        *(f"ILSVRC2012_val_{name},n01440764 4 6 40 44 " for name in ("4_2", "2_1", "2_2")),
+    ]
+    write_lines(folder / "LOC_val_solution.csv", ["ImageId,PredictionString", *lines])
+    return folder
+
+
+def test_imagenets_boxes_are_all_on_the_object(imagenet):
+    image, label, mask = load(str(imagenet), None, image_size=56).validation[0]
+    assert label == 0
+    assert torch.equal(mask, image_data.denormalize(image).mean(dim=0) > 0.5)
+    assert mask.sum() == (20 * 10) + (20 * 20)
+
+
+def test_imagenet_training_measures_the_content_heatmap_in_boxes(imagenet, tmp_path):
+    row = train_one_epoch(tmp_path, "--data", imagenet)
+    assert 0 < float(row["val_content_heatmap"]) < 1
+
+
+@pytest.mark.parametrize(
+    "line", ["ILSVRC2012_val_9_9,n01440764 1 2 3 4", "no comma", "ILSVRC2012_val_4_1,n01440764 1 2 3"]
+)
+def test_imagenets_boxes_that_cannot_be_used_are_one_sentence(imagenet, line):
+    write_lines(imagenet / "LOC_val_solution.csv", ["ImageId,PredictionString", line])
+    with pytest.raises(image_data.DataError, match=r"LOC_val_solution.csv cannot be used .*; remove it or repair it"):
+        load(str(imagenet), None)
 
 
 # ---- what torchvision reads
