@@ -14,6 +14,7 @@ import torchvision
 
 import cgc_reg
 from cgc_reg import CGCRegularizer, visualization
+from tests.pages import run_blocks
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -25,8 +26,7 @@ def test_python_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
     # Its default backend takes a C++ compiler and a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     names = names_for(name, tmp_path)
-    for block in re.findall(r"^```python\n(.*?)^```", PAGES[name].read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, name, "exec"), names)  # the page itself is under test
+    run_blocks(PAGES[name], names)
     for loss in (names[one] for one in ("loss", "out") if one in names):
         assert torch.as_tensor(getattr(loss, "loss", loss)).isfinite().all()
 

@@ -1,128 +1,393 @@
-"""Each recipe runs on a few images, CGC reaches what it trains, and its numbers arrive where they are logged."""
+"""The recipes, run as they are and without the lines that they mark as CGC's, on data small enough to wait for."""
 
+import ast
 import csv
-import importlib.util
-import io
-import math
+import inspect
 import re
+import sys
+import types
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+import torchvision
+from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from cgc_reg import CGCRegularizer, RandomResizedCropFlip
+from tests.pages import run_blocks
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
-LOGGING = {"lightning_module", "accelerate_loop", "transformers_trainer", "semi_supervised"}
-LIGHTNINGS_OWN = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # its use of torch
+PAGE = FOLDER / "README.md"
+# The arguments that make each recipe small.
+TINY = {"images": 8, "epochs": 1, "batch_size": 4}
+RECIPES = {
+    "lightning_module": TINY,
+    "accelerate_loop": TINY,
+    "transformers_trainer": TINY,
+    "timm_loop": TINY,
+    "torchvision_v2_loader": {**TINY, "workers": 0},
+    "semi_supervised": {"labelled_images": 4, "unlabelled_images": 8, "epochs": 1, "batch_size": 4},
+    "frozen_trunk": TINY,
+    "segmentation_output": TINY,
+}
 SCALARS = {"loss", "positive_similarity", "negative_similarity", "margin", "blank_share"}
+MARK = re.compile(r"\s*# CGC(?: - .*|, was: (?P<was>.*))?$")
+
+pytestmark = [
+    # Lightning asks with a class that torch has deprecated.
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+    # It also advises on the number of workers, of which small data needs none.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    # Python's word on a loader's workers, once a logger has started a thread.
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
-def run(name, tmp_path, *options):
-    """Run a recipe in this process, as its command line does, and return what its `main` returns."""
-    spec = importlib.util.spec_from_file_location(f"recipes_{name}", FOLDER / f"{name}.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    torch.manual_seed(0)
-    small = ["--images", "16", "--image-size", "64", "--batch-size", "8", "--epochs", "1"]
-    if name in LOGGING:
-        small += ["--out", str(tmp_path / "out")]
-    if name == "semi_supervised":
-        small += ["--labeled-fraction", "0.5"]
-    return recipe.main([*small, *options])
+def without_marked_lines(source):
+    """Take out what CGC adds, and put back what it replaced; the body of a marked `with` moves to its place."""
+    kept, outer = [], None
+    for line in source.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if outer is not None and line.strip() and indent <= outer:
+            outer = None
+        dedent = 4 if outer is not None else 0
+        mark = MARK.search(line)
+        if mark is None:
+            kept.append(line[dedent:])
+        elif mark["was"] is not None:
+            kept.append(" " * (indent - dedent) + mark["was"])
+        elif line.lstrip().startswith("with "):
+            outer = indent
+    return "\n".join(kept)
 
 
-def model_of(returned):
-    """Find the trained model in what a recipe's `main` returns."""
-    first = returned[0] if isinstance(returned, tuple) else returned
-    return first if isinstance(first, torch.nn.Module) else first.model
+def load(name, monkeypatch, *, plain=False):
+    """Import a recipe, whole or without CGC."""
+    source = (FOLDER / f"{name}.py").read_text()
+    module = types.ModuleType(f"recipe_{name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    code = compile(without_marked_lines(source) if plain else source, str(FOLDER / f"{name}.py"), "exec")
+    exec(code, vars(module))  # the recipe itself is under test
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _views_of_their_own(monkeypatch):
+    """Draw T from a generator of its own, so that with and without CGC the images come in one order."""
+    sample = RandomResizedCropFlip.sample
+
+    def draw(self, *args, **kwargs):
+        return sample(self, *args, **{**kwargs, "generator": generator})
+
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(RandomResizedCropFlip, "sample", draw)
+
+
+@pytest.fixture(autouse=True)
+def computed(monkeypatch):
+    """List what `compute` returned, with the modes that it was called in."""
+    compute, calls = CGCRegularizer.compute, []
+
+    def watched(self, model, *args, **kwargs):
+        modes = {"inference": torch.is_inference_mode_enabled(), "training": model.training}
+        calls.append((compute(self, model, *args, **kwargs), modes))
+        return calls[-1][0]
+
+    monkeypatch.setattr(CGCRegularizer, "compute", watched)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Undo what Accelerate keeps for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@dataclass
+class Run:
+    module: types.ModuleType
+    result: object
+    folder: Path
+    computed: list
+
+    @property
+    def model(self):
+        first = self.result[0] if isinstance(self.result, tuple) else self.result
+        return first.model if isinstance(first, Trainer) else first
+
+    def state(self):
+        """Return the weights and, where CGC sees the same images, BatchNorm's statistics."""
+        state = self.model.state_dict()
+        if self.module.__name__ == "recipe_semi_supervised":  # whose unlabelled images only CGC sees
+            return {name: state[name] for name, _ in self.model.named_parameters()}
+        return state
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path_factory, computed):
+    """Return a function that runs a recipe from one seed, whole or without CGC."""
+
+    def run(name, *, plain=False, module=None, **changed):
+        module = module or load(name, monkeypatch, plain=plain)
+        folder = tmp_path_factory.mktemp(name)
+        out = {"out": folder} if "out" in inspect.signature(module.main).parameters else {}
+        torch.manual_seed(0)
+        before = len(computed)
+        result = module.main(**out, **{**RECIPES[name], **changed})
+        return Run(module, result, folder, computed[before:])
+
+    return run
+
+
+FINISHED = {}
+
+
+@pytest.fixture
+def finished(run):
+    """Return a function that gives a recipe's run with CGC, which is made once for all tests that only read it."""
+
+    def finished(name):
+        if name not in FINISHED:
+            FINISHED[name] = run(name)
+        return FINISHED[name]
+
+    return finished
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_the_finished():
+    yield
+    FINISHED.clear()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_marked_lines_are_all_of_cgc(name, run, finished):
+    whole = finished(name)
+    plain, zero, with_it = (one.state() for one in (run(name, plain=True), run(name, lam=0.0), whole))
+    assert all(value.isfinite().all() for value in with_it.values())
+    for key in plain:
+        assert torch.equal(plain[key], zero[key]), key
+    weights = [key for key in plain if key.endswith(("weight", "bias"))]
+    assert any(not torch.equal(zero[key], with_it[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_unmarked_lines_say_nothing_of_cgc(name):
+    source = (FOLDER / f"{name}.py").read_text()
+    code = ast.unparse(ast.parse(without_marked_lines(source.replace(ast.get_docstring(ast.parse(source)), ""))))
+    assert not re.findall(r"\w*cgc\w*|\breg\b|\blam\b|\w*margin\w*", code, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_page_lists_each_recipe_with_its_command(name, monkeypatch):
+    command = f"python examples/recipes/{name}.py"
+    (row,) = (line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}.py` |"))
+    assert row.endswith(f"| `{command}` |")
+    assert "| `pip install . " in row or "| `pip install .` |" in row
+    module = load(name, monkeypatch)
+    assert f"    {command}\n" in module.__doc__
+    inspect.signature(module.main).bind()  # the command gives no arguments
+
+
+def test_every_recipe_is_listed_and_tested():
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(RECIPES)
+    assert set(re.findall(r"^\| `(\w+)\.py` \|", PAGE.read_text(), re.MULTILINE)) == set(RECIPES)
+
+
+def test_blocks_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torchvision.models.resnet18(num_classes=3)
+    names = {
+        "model": model,
+        "loader": [(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))] * 2,
+        "reg": CGCRegularizer("layer4"),
+        "lam": 0.5,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+    }
+    run_blocks(PAGE, names)
+    assert_scalars(events(tmp_path), "train/cgc_", steps=2)
+    (table,) = tmp_path.rglob("*.csv")
+    assert_scalars(rows(table), "cgc_", steps=2)
 
 
 def events(folder):
-    """Return the numbers of all TensorBoard files in a folder: tag -> values."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = {}
-    for path in sorted(folder.rglob("*tfevents*")):
-        events = EventAccumulator(str(path)).Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
+    """Read what TensorBoard would show: the values of each name."""
+    found = defaultdict(list)
+    for path in folder.rglob("events.out.tfevents.*"):
+        log = EventAccumulator(str(path)).Reload()
+        for name in log.Tags()["scalars"]:
+            found[name] += [event.value for event in log.Scalars(name)]
     return found
 
 
-@LIGHTNINGS_OWN
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_runs_and_cgc_changes_what_is_trained(name, tmp_path):
-    with_cgc = model_of(run(name, tmp_path / "with"))
-    without = model_of(run(name, tmp_path / "without", "--lam", "0"))
-    again = model_of(run(name, tmp_path / "again", "--lam", "0"))
-    pairs = list(zip(with_cgc.parameters(), without.parameters(), strict=True))
-    assert all(parameter.isfinite().all() for parameter, _ in pairs)
-    assert any(not parameter.equal(other) for parameter, other in pairs)
-    assert all(a.equal(b) for a, b in zip(without.parameters(), again.parameters(), strict=True))
+def rows(path):
+    """Read a CSV file: the values of each column, without empty cells."""
+    with path.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in table if row[name]] for name in table[0]}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_added_lines_are_marked(name):
-    source = (FOLDER / f"{name}.py").read_text()
-    added = [line for line in source.splitlines() if re.search(r"\breg\b|out\.(loss|scalars)|cgc_reg", line)]
-    assert len(added) >= 4
-    assert [line for line in added if "# CGC" not in line] == []
+def assert_scalars(values, prefix, *, steps):
+    """All scalars arrived, one for each step, and the margin is what it is by definition."""
+    assert {name.removeprefix(prefix) for name in values if name.startswith(prefix)} == SCALARS
+    columns = {name: torch.tensor(values[prefix + name]) for name in SCALARS}
+    assert all(len(column) == steps and column.isfinite().all() for column in columns.values())
+    difference = columns["positive_similarity"] - columns["negative_similarity"]
+    assert torch.allclose(columns["margin"], difference, atol=1e-6)
 
 
-def test_readme_names_each_recipe():
-    page = (FOLDER / "README.md").read_text()
-    assert sorted(set(re.findall(r"python examples/recipes/(\w+)\.py", page))) == RECIPES
+def test_lightning_logs_to_tensorboard_and_csv(finished):
+    folder = finished("lightning_module").folder
+    (table,) = folder.rglob("metrics.csv")
+    for values in (events(folder), rows(table)):
+        assert_scalars(values, "train/cgc_", steps=2)
+        assert_scalars(values, "val/cgc_", steps=2)  # within `fit`, and after it
 
 
-@LIGHTNINGS_OWN
-def test_lightning_logs_to_tensorboard_and_csv_and_measures_in_inference_mode(tmp_path):
-    run("lightning_module", tmp_path)
-    (path,) = (tmp_path / "out" / "csv").rglob("metrics.csv")
-    rows = list(csv.DictReader(io.StringIO(path.read_text())))
-    written = events(tmp_path / "out" / "tensorboard")
-    for part in ("train", "val"):
-        for name in SCALARS:
-            values = [float(row[f"{part}/cgc_{name}"]) for row in rows if row[f"{part}/cgc_{name}"]]
-            assert values == pytest.approx(written[f"{part}/cgc_{name}"])
-            assert all(map(math.isfinite, values))
+def test_lightning_validates_in_inference_mode(finished):
+    validation = [(out, modes) for out, modes in finished("lightning_module").computed if not modes["training"]]
+    assert {modes["inference"] for _, modes in validation} == {False, True}  # within `fit`, and after it
+    assert all(out.loss.isfinite() for out, _ in validation)
 
 
-def test_accelerate_logs_each_step(tmp_path):
-    run("accelerate_loop", tmp_path)
-    written = events(tmp_path / "out")
-    assert {f"cgc/{name}" for name in SCALARS} <= written.keys()
-    assert all(len(written[f"cgc/{name}"]) == 2 for name in SCALARS)
+def test_lightning_checkpoints_fit_with_and_without_cgc(finished, monkeypatch):
+    plain = load("lightning_module", monkeypatch, plain=True).Classifier()
+    plain.load_state_dict(finished("lightning_module").result.state_dict())
 
 
-def test_trainer_logs_and_evaluates(tmp_path):
-    trainer = run("transformers_trainer", tmp_path)
-    written = events(tmp_path / "out")
-    assert {f"train/cgc_{name}" for name in SCALARS} <= written.keys()
-    assert all(map(math.isfinite, written["eval/loss"]))
-    assert trainer.predict(trainer.eval_dataset).predictions.shape == (16, 10)
+def test_accelerate_tracks_scalars(finished):
+    assert_scalars(events(finished("accelerate_loop").folder), "train/cgc_", steps=2)
 
 
-def test_semi_supervised_writes_a_line_for_each_step(tmp_path):
-    run("semi_supervised", tmp_path)
-    (row,) = csv.DictReader(io.StringIO((tmp_path / "out" / "steps.csv").read_text()))
-    assert row.keys() == SCALARS | {"cross_entropy"}
-    assert all(math.isfinite(float(value)) for value in row.values())
-    margin = float(row["positive_similarity"]) - float(row["negative_similarity"])
-    assert float(row["margin"]) == pytest.approx(margin, abs=1e-6)
+def test_accelerate_tracks_scalars_in_mixed_precision(run):
+    bfloat16 = run("accelerate_loop", mixed_precision="bf16")
+    assert_scalars(events(bfloat16.folder), "train/cgc_", steps=2)
+    assert {out.query.dtype for out, _ in bfloat16.computed} == {torch.float32}
 
 
-def test_average_of_the_weights_lags_behind_them(tmp_path):
-    model, ema = run("timm_loop", tmp_path)
-    torch.manual_seed(0)
-    start = timm.create_model("resnet18", num_classes=10)
-    assert all(tensor.isfinite().all() for tensor in ema.module.state_dict().values())
-    moved, lagging = ((net.fc.weight - start.fc.weight).norm() for net in (model, ema.module))
-    assert 0 < lagging < moved
+def test_trainer_logs_scalars_of_training_alone(finished):
+    values = events(finished("transformers_trainer").folder)
+    assert_scalars(values, "train/cgc_", steps=2)
+    assert "eval/loss" in values
+    assert not any(name.startswith("eval/cgc") for name in values)
 
 
-def test_frozen_trunk_stays_as_it_is(tmp_path):
-    model, before = run("frozen_trunk", tmp_path)
-    for name, tensor in model.state_dict().items():
-        trained = name.startswith(("layer4", "fc"))
-        assert tensor.equal(before[name]) != trained, name
+def test_trainer_keeps_scalars_for_the_next_log_of_training(run):
+    trainer = run("transformers_trainer").result
+    trainer.scalars.append({"margin": torch.tensor(0.25)})
+    trainer.log({"eval_loss": 1.0})
+    trainer.scalars.append({"margin": torch.tensor(0.75)})
+    trainer.log({"loss": 1.0})
+    evaluation, training = trainer.state.log_history[-2:]
+    assert "cgc_margin" not in evaluation
+    assert training["cgc_margin"] == 0.5
+
+
+class Unlabelled(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.full((3, 64, 64), index / 5)}
+
+
+def test_trainer_evaluates_as_ever(run):
+    one = run("transformers_trainer")
+    trainer, data = one.result, one.module.ToyImages(5)  # in batches of 4 the last one holds one image
+    assert trainer.predict(Unlabelled()).predictions.shape == (5, 3)
+    plain = Trainer(trainer.model, trainer.args, eval_dataset=data, compute_metrics=one.module.accuracy)
+    for key in ("eval_loss", "eval_accuracy"):
+        assert trainer.evaluate(data)[key] == plain.evaluate(data)[key]
+
+
+def test_trainer_takes_a_last_batch_of_one_image(run):
+    trainer = run("transformers_trainer", images=5).result
+    assert [set(log) >= {"loss", "cgc_loss"} for log in trainer.state.log_history[:2]] == [True, False]
+    assert trainer.state.log_history[1]["loss"] > 0
+
+
+def test_trainer_smooths_labels_as_ever(run):
+    one = run("transformers_trainer", lam=0.0)
+    trainer, data = one.result, one.module.ToyImages(4)
+    trainer.args.label_smoothing_factor = 0.2
+    plain = Trainer(trainer.model, trainer.args, eval_dataset=data)
+    trainer.model.train()
+    losses = [each.compute_loss(trainer.model, {"pixel_values": data.x, "labels": data.y}) for each in (trainer, plain)]
+    assert torch.allclose(*losses)
+
+
+def test_trainer_averages_over_accumulated_steps(run, monkeypatch):
+    """Where all images are one, the gradient of an accumulated step is that of a single one."""
+    module = load("transformers_trainer", monkeypatch)
+
+    class OneImage(module.ToyImages):
+        def __init__(self, count):
+            super().__init__(1)
+            self.x, self.y = self.x.expand(count, -1, -1, -1), self.y.expand(count)
+
+    monkeypatch.setattr(module, "ToyImages", OneImage)
+    trainings = [
+        run("transformers_trainer", module=module, accumulate=accumulate, lam=0.0).result for accumulate in (1, 2)
+    ]
+    for key in ("grad_norm", "loss"):
+        single, accumulated = (trainer.state.log_history[0][key] for trainer in trainings)
+        assert single == pytest.approx(accumulated, rel=1e-4)
+
+
+def test_timm_average_of_weights_lags_behind(finished):
+    model, ema = finished("timm_loop").result
+    average, last = ema.module.state_dict(), model.state_dict()
+    assert average.keys() == last.keys()
+    assert all(value.isfinite().all() for value in average.values())
+    assert all(not torch.equal(average[name], last[name]) for name, _ in model.named_parameters())
+
+
+def test_timm_loop_makes_heatmaps_in_float32(finished):
+    made = [out for out, _ in finished("timm_loop").computed]
+    assert {out.logits.dtype for out in made} == {torch.float16 if torch.cuda.is_available() else torch.bfloat16}
+    assert {tensor.dtype for out in made for tensor in (out.query, out.key, out.loss)} == {torch.float32}
+
+
+def test_workers_give_images_and_the_device_draws_views(run):
+    one = run("torchvision_v2_loader", workers=1)
+    device = next(one.model.parameters()).device
+    made = [out for out, _ in one.computed]
+    assert {tensor.device for out in made for tensor in (out.view, out.transform.theta)} == {device}
+    thetas = torch.cat([out.transform.theta for out in made])
+    assert len(thetas.unique(dim=0)) == len(thetas) == RECIPES["torchvision_v2_loader"]["images"]
+
+
+def test_semi_supervised_writes_scalars_beside_the_cross_entropy(finished):
+    values = rows(finished("semi_supervised").folder / "metrics.csv")
+    assert values["step"] == [0, 1]
+    assert_scalars(values, "cgc_", steps=2)
+    assert len(values["cross_entropy"]) == 2
+
+
+def test_frozen_trunk_is_bit_identical(finished):
+    model, before = finished("frozen_trunk").result
+    trained = ("layer4", "fc")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith(trained), name
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(trained), name
+
+
+def test_segmentation_runs_the_model_twice_a_step(run, monkeypatch):
+    module = load("segmentation_output", monkeypatch)
+    make, training = module.lraspp_mobilenet_v3_large, []
+
+    def watched(**options):
+        model = make(**options)
+        model.register_forward_hook(lambda model, args, output: training.append(model.training))
+        return model
+
+    monkeypatch.setattr(module, "lraspp_mobilenet_v3_large", watched)
+    run("segmentation_output", module=module)
+    assert training.count(True) == 2 * 2  # in two steps

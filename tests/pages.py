@@ -1,0 +1,11 @@
+"""The Python of a page in Markdown."""
+
+import re
+
+
+def run_blocks(page, names):
+    """Run a page's blocks from top to bottom as one program, which may use these names, and leaves its own in them."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)  # the page itself is under test
