@@ -50,6 +50,7 @@ class ForwardPass:
     inner_logits: Tensor  # the same, from inside DistributedDataParallel
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
+    output: Any  # what the model returned
 
 
 def forward_pass(
@@ -138,7 +139,7 @@ def forward_pass(
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
         with torch.enable_grad():
             return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
-    return ForwardPass(logits, inner_logits, kept[0], channels_last)
+    return ForwardPass(logits, inner_logits, kept[0], channels_last, output)
 
 
 def _not_called(model: nn.Module, target_layer: str) -> RuntimeError:
@@ -174,7 +175,7 @@ def exposed_pass(
         output, layer_output = model(x)
     layer = find_layer(exposed.model, exposed.target_layer)
     logits = find_logits(output, output_fn, len(x))
-    return ForwardPass(logits, logits, layer_output, is_channels_last(layer, layer_output))
+    return ForwardPass(logits, logits, layer_output, is_channels_last(layer, layer_output), output)
 
 
 def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_size: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from cgc_reg._checks import (
     check_choice,
@@ -55,6 +56,7 @@ class CGCOutput:
         query: T(g(x)), (n, h, w), zero where T(x) shows nothing of x.
         key: g(T(x)), (n, h, w), zero there too.
         scalars: detached values to log: ``loss`` and what :func:`cgc_reg.consistency` returns.
+        output: what the model returned for x, for a loss that needs more than logits.
     """
 
     loss: Tensor
@@ -67,6 +69,7 @@ class CGCOutput:
     query: Tensor
     key: Tensor
     scalars: dict[str, Tensor]
+    output: Any
 
 
 class CGCRegularizer(nn.Module):
@@ -384,7 +387,7 @@ class CGCRegularizer(nn.Module):
         query, key = query * coverage, key * coverage
         loss = self._loss(query, key)
 
-        logits, view_logits = image_pass.logits, view_pass.logits
+        logits, view_logits, output = image_pass.logits, view_pass.logits, image_pass.output
         trains = torch.is_grad_enabled() and check_trainable(query, image_pass.layer_output, unwrap(model))
         if trains and not self.detach_key:
             check_trainable(key, view_pass.layer_output, unwrap(model))
@@ -394,10 +397,11 @@ class CGCRegularizer(nn.Module):
             # Under `no_grad`, and in a model without anything to train, a pass still builds a graph from the layer
             # upward, for the inner gradient. A loss in it would have a backward that does nothing, in silence.
             loss, logits, heatmap, query = (tensor.detach() for tensor in (loss, logits, heatmap, query))
+            output = tree_map_only(Tensor, Tensor.detach, output)
         if not trains or self.detach_key:
             view_logits, key = view_logits.detach(), key.detach()
         scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
-        return CGCOutput(loss, logits, view_logits, view, transform, target, heatmap, query, key, scalars)
+        return CGCOutput(loss, logits, view_logits, view, transform, target, heatmap, query, key, scalars, output)
 
     def _check_closed_form(self) -> None:
         if self.heatmap != "class_activation":

@@ -42,7 +42,8 @@ class KeptPasses:
                 logits = find_logits(kept.output, output_fn, len(x))
                 inner_logits = find_logits(kept.inner_output, output_fn, len(x))
                 (layer, layer_output), *_ = kept.layer_outputs
-                return ForwardPass(logits, inner_logits, layer_output, is_channels_last(layer, layer_output))
+                channels_last = is_channels_last(layer, layer_output)
+                return ForwardPass(logits, inner_logits, layer_output, channels_last, kept.output)
         return None
 
 

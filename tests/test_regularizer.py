@@ -554,6 +554,39 @@ def test_logits_are_found_in_what_the_model_returns(form, output_fn):
     assert_same(out.logits, model.net(X))
 
 
+class ScoresAndMaps(nn.Module):
+    """Returns class scores and a map, as a segmentation network does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net(nn.BatchNorm2d)
+        self.to_map = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        features = self.net.features(x)
+        return {"scores": self.net.head(features.mean(dim=(2, 3))), "maps": [self.to_map(features)]}
+
+
+def test_output_is_the_models_own_and_trains_it():
+    model = ScoresAndMaps()
+    twin = copy.deepcopy(model)
+    out = regularizer("net.features", output_fn=lambda output: output["scores"]).compute(model, X)
+    assert out.output["scores"] is out.logits
+    expected = twin(X)
+    assert_same(out.output["maps"][0], expected["maps"][0])
+    assert_same(gradients(out.output["maps"][0].sum(), model), gradients(expected["maps"][0].sum(), twin))
+
+
+def test_output_has_no_graph_where_nothing_is_trained():
+    reg = regularizer("net.features", output_fn=lambda output: output["scores"])
+    with torch.no_grad():
+        measured = reg.compute(ScoresAndMaps().eval(), X)
+    frozen = reg.compute(ScoresAndMaps().requires_grad_(False), X)
+    for out in (measured, frozen):
+        assert not out.output["scores"].requires_grad
+        assert not out.output["maps"][0].requires_grad
+
+
 @pytest.mark.parametrize(
     ("form", "output_fn", "message"),
     [
@@ -670,7 +703,7 @@ def test_without_gradients_nothing_carries_a_graph(mode, heatmap):
         view, transform = drawn(x)
         out = regularizer(heatmap=heatmap).compute(model, x, view=view, transform=transform)
     tensors = [value for value in vars(out).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8  # loss, logits, view_logits, view, target, heatmap, query, key
+    assert len(tensors) == 9  # loss, logits, view_logits, view, target, heatmap, query, key, output
     assert not any(t.requires_grad for t in [*tensors, *out.scalars.values(), out.transform.theta])
 
 

@@ -51,9 +51,10 @@ def main(
         model.train()
         for x, masks in loader:
             x, masks = x.to(device), masks.to(device)
-            with reg.reuse(model):  # CGC - the term takes the pass over x that the next line makes
-                loss = F.cross_entropy(model(x)["out"], masks)
-                loss = loss + lam * reg(model, x)  # CGC
+            out = reg.compute(model, x)  # CGC
+            output = out.output  # CGC, was: output = model(x)
+            loss = F.cross_entropy(output["out"], masks)
+            loss = loss + lam * out.loss  # CGC
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
