@@ -14,13 +14,19 @@ import torch
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name and then rename it: a crash leaves the previous one."""
+    """Write a file under another name and then rename it: a crash leaves the previous one.
+
+    Several processes may write the same file, as trainings side by side do their gallery: one of them writes it last.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

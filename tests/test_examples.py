@@ -241,6 +241,24 @@ def test_crash_while_writing_leaves_the_previous_checkpoint(tmp_path):
     assert path.read_bytes() == b"first"
 
 
+def test_a_file_may_be_written_by_several_processes_at_once(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from checkpoint import write_whole
+for i in range(200):
+    write_whole(Path(sys.argv[1]), lambda partial: partial.write_text(sys.argv[2] * 1000))
+"""
+    path = tmp_path / "file"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, path, letter], cwd=EXAMPLES, stderr=subprocess.PIPE, text=True)
+        for letter in "abc"
+    ]
+    assert [writer.communicate()[1] for writer in writers] == ["", "", ""]
+    assert path.read_text() in ["a" * 1000, "b" * 1000, "c" * 1000]
+    assert [other.name for other in tmp_path.iterdir()] == ["file"]
+
+
 def test_interrupt_keeps_the_last_finished_epoch_and_says_so(folder, tmp_path):
     out = tmp_path / "run"
     command = [
