@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -52,8 +52,11 @@ def _only_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     given = [*args, *kwargs.values()]
     if len(given) != 1 or not isinstance(given[0], Tensor):
         return None
-    by_name = not kwargs or [*kwargs] == [*signature(model.forward).parameters][:1]
-    return given[0] if by_name else None
+    if kwargs:
+        first = next(iter(signature(model.forward).parameters.values()), None)
+        if first is None or first.kind is not Parameter.POSITIONAL_OR_KEYWORD or first.name not in kwargs:
+            return None
+    return given[0]
 
 
 def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:

@@ -64,9 +64,17 @@ def test_x_by_name_is_the_same_pass_and_what_comes_beside_makes_another(given, c
     assert loss.isfinite()
 
 
-def test_a_tensor_by_another_name_is_another_pass():
-    model = Named()
-    model.forward = lambda image=None, pixel_values=None: model.net(2 * X if image is None else image)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda model, image=None, pixel_values=None: model.net(2 * X if image is None else image),
+        lambda model, *pixel_values, **named: model.net(pixel_values[0] if pixel_values else 2 * X),
+        lambda model, image=None, *, pixel_values=None: model.net(2 * X if image is None else image),
+    ],
+    ids=["second", "starred", "keyword"],
+)
+def test_a_tensor_by_another_name_is_another_pass(forward):
+    model = type("Other", (Named,), {"forward": forward})()
     passes, reg = counted(model.net), CGCRegularizer("net.features", generator=generator(0))
     with reg.reuse(model):
         loss = model(pixel_values=X).sum() + reg(model, X)
