@@ -108,11 +108,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def draw_study(study: Study, runs: Runs) -> Figure:
-    """Draw a panel for each metric, four side by side: curves over x where settings have one, else dots for each."""
+    """Draw a panel for each metric, at most four side by side: curves over x where settings have one, else dots."""
     runs = {setting: found for setting, found in runs.items() if found}
     curves = [setting for setting in runs if setting.x is not None]
-    columns = min(4, len(study.metrics))
-    rows = -(-len(study.metrics) // columns)
+    places = sorted({setting.x for setting in curves if setting.x is not None})
+    rows = -(-len(study.metrics) // 4)
+    columns = -(-len(study.metrics) // rows)
     width, height = 3.4 * columns + (0 if curves else 2.2), 3.4 if curves else 0.32 * len(runs) + 1.1
     figure = Figure(figsize=(width, rows * height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=not curves).flatten().tolist()
@@ -130,6 +131,9 @@ def draw_study(study: Study, runs: Runs) -> Figure:
                 if setting.x is None:
                     axis.axhline(statistics.mean(values[setting]), color="grey", linestyle="--", label=setting.name)
             axis.set_xlabel(study.x_axis or "")
+            axis.set_xscale("log" if places[0] > 0 else "linear")
+            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.minorticks_off()
         else:
             for row, several in enumerate(values.values()):
                 axis.plot(several, [row] * len(several), "o", alpha=0.5, color="C0")

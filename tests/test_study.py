@@ -114,6 +114,21 @@ def test_seeds_that_one_side_lacks_are_left_out():
     assert study_report.differences(made, runs, made.settings[1], "top1") == [0.5]
 
 
+def test_curves_go_through_the_mean_at_each_place():
+    baseline, *others = (
+        Setting("plain", ""),
+        *(Setting(f"lam {x}", "", "plain", x=x, line="CGC") for x in (2.0, 0.1, 0.5)),
+    )
+    made = Study("Title", "", [0, 1], ["top1"], [baseline, *others], x_axis="lam")
+    runs = {one: {0: {"top1": (one.x or 0.0) - 0.1}, 1: {"top1": (one.x or 0.0) + 0.1}} for one in made.settings}
+    (axis,) = study_report.draw_study(made, runs).axes
+    curve, level = axis.get_lines()
+    assert curve.get_xydata().ravel().tolist() == pytest.approx([0.1, 0.1, 0.5, 0.5, 2.0, 2.0])
+    assert level.get_ydata() == pytest.approx([0.0, 0.0])
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0.1", "0.5", "2"]
+    assert (axis.get_xlabel(), axis.get_xscale()) == ("lam", "log")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
