@@ -25,6 +25,7 @@ WITH_PYTHON = [name for name, path in PAGES.items() if "```python" in path.read_
 def test_python_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
     # Its default backend takes a C++ compiler and a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.chdir(tmp_path)
     names = names_for(name, tmp_path)
     run_blocks(PAGES[name], names)
     for loss in (names[one] for one in ("loss", "out") if one in names):
@@ -52,7 +53,7 @@ def names_for(page, folder):
     if page == "method.md":  # on measuring
         images, boxes = torch.rand(64, 3, 64, 64), torch.tensor([[0, 0, 224, 112]] * 64)
         names["loader"] = [(images, boxes), (images[:1], boxes[:1])]
-    if page == "README.md":
+    if page == "guide.md":  # on views made by the loader
         for i in range(4):
             path = folder / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(exist_ok=True)
