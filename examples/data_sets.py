@@ -23,7 +23,11 @@ DATA_SETS = {
     "imagenette": DataSet(
         "ten classes of ImageNet", 224, lambda root, size, image_size, **_: load_imagenette(root, size, image_size)
     ),
-    "shapes": DataSet("built in", 64, lambda image_size, seed, **_: load_shapes(image_size=image_size, seed=seed)),
+    "shapes": DataSet(
+        "built in",
+        64,
+        lambda image_size, seed, train_images, **_: load_shapes(image_size=image_size, seed=seed, train=train_images),
+    ),
     "cub200": DataSet("CUB-200-2011, birds", 224, lambda root, image_size, **_: load_cub200(root, image_size)),
     "flowers102": DataSet("Oxford 102 Flowers", 224, lambda root, image_size, **_: load_flowers102(root, image_size)),
     "fgvc-aircraft": DataSet("FGVC-Aircraft", 224, lambda root, image_size, **_: load_fgvc_aircraft(root, image_size)),
@@ -40,8 +44,8 @@ def default_image_size(name: str, size: str) -> int:
     return DATA_SETS[name].image_size if name in DATA_SETS else 224
 
 
-def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int) -> Data:
-    """Load the data set of that name, or else the folder."""
+def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int, train_images: int = 2048) -> Data:
+    """Load the data set of that name, or else the folder; ``train_images`` are drawn of the shapes."""
     if name in DATA_SETS:
-        return DATA_SETS[name].load(root=root, size=size, image_size=image_size, seed=seed)
+        return DATA_SETS[name].load(root=root, size=size, image_size=image_size, seed=seed, train_images=train_images)
     return load_folder(Path(name), image_size)

@@ -70,6 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=1.0,
         help="share of each class whose labels are used; CGC then takes the rest",
     )
+    data.add_argument("--train-images", type=int, default=2048, help="how many shapes to train on")
     data.add_argument("--workers", type=int, default=2, help="processes that load images")
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -119,13 +120,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.image_size = default_image_size(args.data, args.size)
     if args.out is None:
         args.out = Path("runs") / Path(args.data).name
-    positive = ["epochs", "batch_size", "image_size", "temperature", "lr", "view_size", "heatmap_size"]
+    positive = ["train_images", "epochs", "batch_size", "image_size", "temperature", "lr", "view_size", "heatmap_size"]
     for name in [*positive, "cgc_every", "validate_every"]:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive; got {getattr(args, name)}.")
     for name in ("lam", "lam_warmup_epochs", "workers", "weight_decay"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative; got {getattr(args, name)}.")
+    if args.train_images != 2048 and args.data != "shapes":
+        parser.error("--train-images is for --data shapes, whose images are drawn; other data come as they are.")
     if args.batch_size < 2:
         parser.error("--batch-size must be at least 2: BatchNorm and CGC compare the images of a batch.")
     if not 0 < args.labeled_fraction <= 1:
@@ -469,7 +472,14 @@ def main(argv: list[str] | None = None) -> None:
                 f"error: {folder} already holds a run; continue it with --resume, or choose another --out."
             )
     try:
-        data = load_data(args.data, root=args.root, size=args.size, image_size=args.image_size, seed=args.seed)
+        data = load_data(
+            args.data,
+            root=args.root,
+            size=args.size,
+            image_size=args.image_size,
+            seed=args.seed,
+            train_images=args.train_images,
+        )
         before = start(args, data, steps_per_epoch(args, *split_labeled(data, args.labeled_fraction, seed=args.seed)))
         images = examples_of(data.validation, 6).to(args.device)
         pairs = with_views(images, draw(images))

@@ -186,6 +186,19 @@ def test_shapes_training_measures_the_content_heatmap(tmp_path, monkeypatch):
     assert 0 < history(tmp_path / "cgc")[0]["val_content_heatmap"] < 1
 
 
+def test_shapes_are_as_many_as_asked_for(folder, tmp_path, capsys, monkeypatch):
+    few, many = (load_data("shapes", root=tmp_path, size="", image_size=16, seed=1, train_images=n) for n in (32, 48))
+    assert (len(few.train), len(many.train)) == (32, 48)
+    assert len(few.validation) == len(many.validation)
+    asked = []
+    monkeypatch.setattr(train_imagenette, "load_data", lambda *_, train_images, **__: asked.append(train_images) or few)
+    train("--data", "shapes", "--train-images", "32", "--out", tmp_path / "run", "--epochs", "1", "--image-size", "16")
+    assert asked == [32]
+    assert "--train-images is for --data shapes" in refused(
+        capsys, "--data", folder, "--train-images", "32", "--out", tmp_path
+    )
+
+
 @pytest.mark.parametrize("options", [[], ["--labeled-fraction", "0.5"], ["--amp", "--cross-entropy-views", "2"]])
 def test_resumed_run_ends_bit_identical(folder, tmp_path, options):
     common = ["--data", folder, *options]
