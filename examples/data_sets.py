@@ -44,8 +44,8 @@ def default_image_size(name: str, size: str) -> int:
     return DATA_SETS[name].image_size if name in DATA_SETS else 224
 
 
-def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int, train_images: int = 2048) -> Data:
-    """Load the data set of that name, or else the folder; ``train_images`` are drawn of the shapes."""
+def load_data(name: str, *, root: Path, size: str, image_size: int, seed: int, train_images: int | None = None) -> Data:
+    """Load the data set of that name, or else the folder; ``train_images`` is how many shapes to draw."""
     if name in DATA_SETS:
         return DATA_SETS[name].load(root=root, size=size, image_size=image_size, seed=seed, train_images=train_images)
     return load_folder(Path(name), image_size)

@@ -43,10 +43,11 @@ class Data:
     labels: list[int]  # of the training images
 
 
-def load_shapes(*, image_size: int, seed: int, train: int = 2048, validation: int = 1024) -> Data:
-    """Make the shapes; training and validation come from different seeds."""
+def load_shapes(*, image_size: int, seed: int, train: int | None = None, validation: int = 1024) -> Data:
+    """Make the shapes, 2,048 for training unless told otherwise; training and validation come from different seeds."""
+    count = 2048 if train is None else train
     train_set = Shapes(
-        train, size=image_size, seed=2 * seed, transform=v2.Compose([v2.RandomHorizontalFlip(), *normalize()])
+        count, size=image_size, seed=2 * seed, transform=v2.Compose([v2.RandomHorizontalFlip(), *normalize()])
     )
     validation_set = Shapes(
         validation, size=image_size, seed=2 * seed + 1, transform=v2.Compose(normalize()), masks=True

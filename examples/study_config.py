@@ -41,7 +41,8 @@ class Study:
         seeds: of data, initialisation and order.
         metrics: the columns of the report, by the names that evaluate.py gives them.
         settings: what is compared.
-        evaluate: options of evaluate.py.
+        evaluate: options of evaluate.py. A training of another study with the same options counts here too, so studies
+            that share trainings must evaluate them alike.
         x_axis: what `x` is.
         accuracy_baselines: accuracies are compared with the best of these, instead of with each setting's baseline.
         full: the setting whose gain over its baseline is the whole gain, where the report tells what others keep of it.

@@ -43,25 +43,35 @@ def values_table(study: Study, runs: Runs) -> str:
 
 
 def differences_table(study: Study, runs: Runs) -> str:
-    """Compare each setting that has a baseline with it; "" where none has."""
-    rows = []
-    for setting in runs:
-        if setting.baseline is not None:
-            cells = [interval(differences(study, runs, setting, metric)) for metric in study.metrics]
-            rows.append([setting.name, setting.baseline, *cells])
-    header = ["training", "baseline", *(TITLES[metric] for metric in study.metrics)]
-    if study.accuracy_baselines:
-        header = [f"{title} (best baseline)" if title in map(TITLES.get, ACCURACIES) else title for title in header]
-    return table(header, rows) if rows else ""
+    """Compare each setting with its baseline, and its accuracy with the best one too; "" where none has a baseline."""
+    rows = [
+        [
+            setting.name,
+            setting.baseline,
+            *(
+                interval(differences(runs, setting, metric, baselines or [setting.baseline]))
+                for _, metric, baselines in comparisons(study)
+            ),
+        ]
+        for setting in runs
+        if setting.baseline is not None
+    ]
+    return table(["training", "baseline", *(title for title, _, _ in comparisons(study))], rows) if rows else ""
 
 
-def differences(study: Study, runs: Runs, setting: Setting, metric: str) -> list[float]:
-    """Return a metric's difference from the baseline, for the seeds that both have."""
-    found = {other.name: values for other, values in runs.items()}
-    names = [setting.baseline]
-    if metric in ACCURACIES and study.accuracy_baselines:
-        names = [name for name in study.accuracy_baselines if name in found]
-    candidates = [found[name] for name in names if name in found]
+def comparisons(study: Study) -> list[tuple[str, str, Sequence[str]]]:
+    """Return title, metric and baselines of each difference in the report; no baselines stand for the setting's own."""
+    found: list[tuple[str, str, Sequence[str]]] = []
+    for metric in study.metrics:
+        found.append((TITLES[metric], metric, ()))
+        if metric in ACCURACIES and study.accuracy_baselines:
+            found.append((f"{TITLES[metric]} (best baseline)", metric, study.accuracy_baselines))
+    return found
+
+
+def differences(runs: Runs, setting: Setting, metric: str, baselines: Sequence[str]) -> list[float]:
+    """Return a metric's difference from the best of the baselines, for the seeds that both have."""
+    candidates = [values for other, values in runs.items() if other.name in baselines]
     if not candidates:
         return []
     baseline = max(candidates, key=lambda values: statistics.mean(one[metric] for one in values.values()))
@@ -81,7 +91,7 @@ def gains_table(study: Study, runs: Runs) -> str:
         if setting.baseline is not None:
             cells = []
             for metric in metrics:
-                whole, own = (differences(study, runs, one, metric) for one in (full, setting))
+                whole, own = (differences(runs, one, metric, [one.baseline or ""]) for one in (full, setting))
                 cells.append(spread([a / b for a, b in zip(own, whole, strict=False)]))
             rows.append([setting.name, *cells])
     return table(["training", *(TITLES[metric] for metric in metrics)], rows)

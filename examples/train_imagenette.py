@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=1.0,
         help="share of each class whose labels are used; CGC then takes the rest",
     )
-    data.add_argument("--train-images", type=int, default=2048, help="how many shapes to train on")
+    data.add_argument("--train-images", type=int, help="how many shapes to train on (default: 2048)")
     data.add_argument("--workers", type=int, default=2, help="processes that load images")
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("lam", "lam_warmup_epochs", "workers", "weight_decay"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative; got {getattr(args, name)}.")
-    if args.train_images != 2048 and args.data != "shapes":
+    if args.train_images is not None and args.data != "shapes":
         parser.error("--train-images is for --data shapes, whose images are drawn; other data come as they are.")
     if args.batch_size < 2:
         parser.error("--batch-size must be at least 2: BatchNorm and CGC compare the images of a batch.")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,12 @@ def test_accuracy_is_compared_with_the_best_baseline():
     found = {"one view": [0.5, 0.5], "two views": [0.6, 0.7], "CGC": [0.7, 0.7]}
     made, runs = make(found, metrics=("top1", "cgc"), accuracy_baselines=("one view", "two views"))
     cgc = made.settings[-1]
-    assert study_report.differences(made, runs, cgc, "top1") == pytest.approx([0.1, 0.0])
-    assert study_report.differences(made, runs, cgc, "cgc") == pytest.approx([0.2, 0.2])
+    assert study_report.differences(runs, cgc, "top1", made.accuracy_baselines) == pytest.approx([0.1, 0.0])
+    assert study_report.differences(runs, cgc, "cgc", ["one view"]) == pytest.approx([0.2, 0.2])
+    header, _, *rows = study_report.differences_table(made, runs).splitlines()
+    own, best, loss = (re.split(r" *\| *", rows[-1])[i] for i in (3, 4, 5))
+    assert "| top-1 accuracy | top-1 accuracy (best baseline) | CGC loss |" in header
+    assert [one.split(" ")[0] for one in (own, best, loss)] == ["+0.200", "+0.050", "+0.200"]
 
 
 def test_gain_kept_is_a_share_of_the_whole_gain():
@@ -111,7 +116,7 @@ def test_gain_kept_is_a_share_of_the_whole_gain():
 
 def test_seeds_that_one_side_lacks_are_left_out():
     made, runs = make({"plain": [1.0], "other": [1.5, 9.0]})
-    assert study_report.differences(made, runs, made.settings[1], "top1") == [0.5]
+    assert study_report.differences(runs, made.settings[1], "top1", ["plain"]) == [0.5]
 
 
 def test_curves_go_through_the_mean_at_each_place():
