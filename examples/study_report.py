@@ -80,10 +80,12 @@ def differences(runs: Runs, setting: Setting, metric: str, baselines: Sequence[s
 
 
 def gains_table(study: Study, runs: Runs) -> str:
-    """Tell what share of the full setting's gain over its baseline each setting keeps over its own."""
+    """Tell what share of the full setting's gain each setting keeps, for the seeds that all have; "" without them."""
     full = next((setting for setting in runs if setting.name == study.full), None)
-    if full is None:
+    seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
+    if full is None or not seeds:
         return ""
+    runs = {setting: {seed: found[seed] for seed in seeds} for setting, found in runs.items()}
     # CGC promises no gain in accuracy, of which a share could be kept.
     metrics = [metric for metric in study.metrics if metric not in ACCURACIES]
     rows = []
@@ -92,7 +94,7 @@ def gains_table(study: Study, runs: Runs) -> str:
             cells = []
             for metric in metrics:
                 whole, own = (differences(runs, one, metric, [one.baseline or ""]) for one in (full, setting))
-                cells.append(spread([a / b for a, b in zip(own, whole, strict=False)]))
+                cells.append(spread([a / b for a, b in zip(own, whole, strict=True)]))
             rows.append([setting.name, *cells])
     return table(["training", *(TITLES[metric] for metric in metrics)], rows)
 
