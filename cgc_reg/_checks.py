@@ -20,11 +20,19 @@ def describe(value: object) -> str:
     'a float32 tensor of shape (2, 3)'
     >>> describe("keys")
     "'keys'"
+    >>> describe((torch.zeros(2, 3), None))
+    '(a float32 tensor of shape (2, 3), None)'
     """
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (str, int, float, bool, tuple, list)) or value is None:
+    if isinstance(value, (tuple, list)):
+        entries = [describe(entry) for entry in value[:6]] + ["..."] * (len(value) > 6)
+        opening, closing = "()" if isinstance(value, tuple) else "[]"
+        return f"{opening}{', '.join(entries)}{',' * (opening == '(' and len(entries) == 1)}{closing}"
+    if isinstance(value, (str, int, float, bool)) or value is None:
         return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__qualname__} itself"
     return f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -90,6 +98,14 @@ def check_images(name: str, value: object) -> None:
         raise TypeError(
             f"`{name}` must hold floating-point images; got {describe(value)}. Convert and normalise them as for the "
             "model, for example `x.float() / 255`."
+        )
+
+
+def check_sampler(name: str, value: object) -> None:
+    if isinstance(value, type) or not callable(getattr(value, "sample", None)):
+        raise TypeError(
+            f"`{name}` must draw transforms with a method `sample`; got {describe(value)}. Pass "
+            "RandomResizedCropFlip(...) or RandomAffine(...)."
         )
 
 

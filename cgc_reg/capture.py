@@ -17,13 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
-from cgc_reg.graph import reentrant_checkpoint
-from cgc_reg.modes import BatchNormMode, batch_norm_mode, extra_pass
+from cgc_reg.graph import leaves, reentrant_checkpoint
+from cgc_reg.modes import BatchNormMode, batch_norm_mode, evaluation_mode, extra_pass
 from cgc_reg.reshape import is_channels_last
 from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
 
 # Models that checkpoint modules whose settings an extra pass changes.
 _CHECKPOINTED: WeakSet[nn.Module] = WeakSet()
+# Models that run the layer without gradients, and train nothing between it and the end of that block.
+_FROZEN_BLOCK: WeakSet[nn.Module] = WeakSet()
 _OWN_PASS: ContextVar[bool] = ContextVar("_OWN_PASS", default=False)
 
 
@@ -60,6 +62,7 @@ def forward_pass(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
     bn_mode: BatchNormMode = "update",
+    measuring: bool = False,
 ) -> ForwardPass:
     """Run the model on x and keep what a layer puts out.
 
@@ -75,10 +78,11 @@ def forward_pass(
         bn_mode: what the pass does to normalisation layers in training: ``"update"`` as in any pass; ``"preserve"``
             normalises with the batch's statistics, without updating the running ones; ``"eval"`` normalises with the
             running ones.
+        measuring: nothing is trained by this pass, although gradients are on.
     """
     kept: list[Tensor] = []
     inner_outputs: list[Any] = []
-    channels_last = False
+    channels_last = frozen_block = False
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
         if kept:
@@ -91,8 +95,9 @@ def forward_pass(
                 f"`target_layer` must put out one floating-point tensor; got {describe(output)} from {target_layer!r}. "
                 "Name a layer inside it or behind it."
             )
-        nonlocal channels_last
+        nonlocal channels_last, frozen_block
         channels_last = is_channels_last(module, output)
+        frozen_block = not measuring and grad_enabled and not torch.is_grad_enabled()
         # From here upward the pass is differentiated twice in training, which fused attention cannot be.
         from_the_layer_up.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.set_grad_enabled(True)
@@ -135,19 +140,40 @@ def forward_pass(
                 f"tree, such as by a list or a patched `forward`; got {bn_mode!r}, which the checkpoint would not heed "
                 "when it runs them again in the backward."
             )
+    if frozen_block and inner not in _FROZEN_BLOCK:
+        _check_frozen_block(inner, x, target_layer, inner_logits, output_fn)
+        _FROZEN_BLOCK.add(inner)
     if not grad_enabled and not logits.requires_grad:
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
         with torch.enable_grad():
-            return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode)
+            return forward_pass(model, x, target_layer, output_fn=output_fn, bn_mode=bn_mode, measuring=True)
     return ForwardPass(logits, inner_logits, kept[0], channels_last, output)
+
+
+def _check_frozen_block(
+    model: nn.Module, x: Tensor, target_layer: str, logits: Tensor, output_fn: Callable[[Any], Tensor] | None
+) -> None:
+    """Refuse a `no_grad` block of the model's own that holds weights behind the layer, where gradients are on now."""
+    with own_pass(), uncompiled(model), batch_norm_mode(model, "preserve"):
+        plain = find_logits(model(x), output_fn, len(x))
+    trained = {id(leaf) for leaf in leaves(plain)}
+    reached = {id(leaf) for leaf in leaves(logits)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in reached - trained:
+            raise RuntimeError(
+                f"`target_layer` must not be followed by weights in a `no_grad` block of the model: heatmaps need "
+                f"gradients from the layer on, and would train what the block freezes; got {target_layer!r}, which "
+                f"{name!r} follows. Freeze by `requires_grad_(False)` instead of `no_grad`, or name the block's last "
+                "layer."
+            )
 
 
 def _not_called(model: nn.Module, target_layer: str) -> RuntimeError:
     repair = "Name another, or let `suggest_target_layer(model, x)` do so."
-    parts = find_layer(model, target_layer)._modules
+    parts = [name for name, _ in find_layer(model, target_layer).named_children()]
     if parts:
         # As timm's gradient checkpointing does, and models that torch.fx has traced.
-        last = f"{target_layer}.{next(reversed(parts))}"
+        last = f"{target_layer}.{parts[-1]}"
         repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
     return RuntimeError(
         f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not call. "
@@ -181,8 +207,8 @@ def exposed_pass(
 def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_size: int) -> Tensor:
     """Return the logits (n, k) in a model's output.
 
-    Without ``output_fn`` these are the output itself, its ``logits`` (attribute or entry) or the first tensor of a
-    tuple or list.
+    Without ``output_fn`` these are the output itself, its ``logits`` (attribute or entry) or the only tensor of that
+    shape in a tuple or list.
     """
     logits: object = output
     if output_fn is not None:
@@ -191,8 +217,19 @@ def find_logits(output: Any, output_fn: Callable[[Any], Tensor] | None, batch_si
         logits = output.logits
     elif isinstance(output, Mapping):
         logits = output.get("logits")
-    elif isinstance(output, (tuple, list)) and output:
-        logits = output[0]
+    elif isinstance(output, (tuple, list)):
+        fitting = [
+            entry
+            for entry in output
+            if isinstance(entry, Tensor) and entry.is_floating_point() and entry.shape[:-1] == (batch_size,)
+        ]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"The model's output must hold one tensor of shape ({batch_size}, classes); got {len(fitting)}, "
+                f"{describe(output)}, of which an embedding may be one. Pass `output_fn`, such as `lambda output: "
+                "output[0]`."
+            )
+        logits = fitting[0] if fitting else output
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size:
         source = "`output_fn` must return" if output_fn is not None else "The model's output must be, or hold,"
         got = describe(logits if isinstance(logits, Tensor) else output)
@@ -207,38 +244,45 @@ def find_head(model: nn.Module, name: str | None, *, channels: int, classes: int
     """Return the weight (classes, channels) of the linear layer that turns pooled channels into logits."""
     modules = dict(unwrap(model).named_modules())
 
-    def weight_of(module: nn.Module) -> Tensor | None:
-        if isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        ):
-            if module.weight.shape[:2] != (classes, channels):
-                return None
-            if hasattr(module.weight, "full_tensor"):
-                raise ValueError(
-                    "`head` must not be sharded when `heatmap='class_activation'` reads its weight, after the "
-                    "forward; got a sharded one. Set `reshard_after_forward=False` in the `fully_shard` of the module "
-                    "that holds it."
-                )
-            return module.weight.flatten(1)
-        return None
+    def fits(module: nn.Module) -> bool:
+        if isinstance(module, nn.Linear):
+            return (module.out_features, module.in_features) == (classes, channels)
+        return (
+            isinstance(module, nn.Conv2d)
+            and (module.out_channels, module.in_channels) == (classes, channels)
+            and module.kernel_size == (1, 1)
+            and module.groups == 1
+        )
 
     if name is not None:
         if name not in modules:
             close = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
             hint = f" Do you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"`head` must be the dotted name of a linear layer of the model; got {name!r}.{hint}")
-        weight = weight_of(modules[name])
-        if weight is None:
+        if not fits(modules[name]):
             raise ValueError(
                 f"`head` must be a linear layer from the {channels} channels of the target layer to the {classes} "
                 f"classes; got {name!r}, {modules[name]}. Use the rule 'grad_cam', which works with any head."
             )
-        return weight
-    fits = {found: weight for found, module in modules.items() if (weight := weight_of(module)) is not None}
-    if len(fits) != 1:
+        return _weight(modules[name])
+    found = [each for each, module in modules.items() if fits(module)]
+    if len(found) != 1:
         raise ValueError(
             f"`heatmap='class_activation'` must find one linear layer from {channels} channels to {classes} classes; "
-            f"got {', '.join(map(repr, fits)) or 'none'}. Name it with `head`, or use the rule 'grad_cam', which works "
-            "with any head."
+            f"got {', '.join(map(repr, found)) or 'none'}. Name it with `head`, or use the rule 'grad_cam', which "
+            "works with any head."
         )
-    return next(iter(fits.values()))
+    return _weight(modules[found[0]])
+
+
+def _weight(head: nn.Module) -> Tensor:
+    # In evaluation mode a parametrization such as spectral norm's gives the weight of the pass that was.
+    with evaluation_mode(head):
+        weight = head.weight
+    assert isinstance(weight, Tensor)  # says so to the type checker
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            "`head` must not be sharded when `heatmap='class_activation'` reads its weight, after the forward; got a "
+            "sharded one. Set `reshard_after_forward=False` in the `fully_shard` of the module that holds it."
+        )
+    return weight.flatten(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from cgc_reg._checks import check_size, describe
+from cgc_reg._checks import check_sampler, check_size, describe
 from cgc_reg.transforms import RandomResizedCropFlip, TransformSampler
 
 
@@ -43,8 +43,15 @@ class ContrastiveTransforms:
         value_transform: Callable[[Tensor], Tensor] | None = None,
         view_size: tuple[int, int] | None = None,
     ) -> None:
+        for name, function in (("image_transform", image_transform), ("value_transform", value_transform)):
+            if function is not None and (not callable(function) or isinstance(function, type)):
+                raise TypeError(
+                    f"`{name}` must be a function of one image, such as a torchvision transform; got "
+                    f"{describe(function)}. What draws T is passed as `transform`."
+                )
         self.image_transform = image_transform
         self.transform = RandomResizedCropFlip() if transform is None else transform
+        check_sampler("transform", self.transform)
         self.value_transform = value_transform
         self.view_size = None if view_size is None else check_size("view_size", view_size)
 

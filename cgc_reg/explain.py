@@ -48,6 +48,11 @@ def heatmaps_of(
             f"{describe(forward.layer_output)}. Pass `reshape_transform=channels_last_to_maps`."
         )
     activation = at_least_float32(_as_maps(forward.layer_output, reshape_transform))
+    if len(activation) != len(target):
+        raise ValueError(
+            f"`target_layer` must put out one map for each of the {len(target)} images; got {describe(activation)}. "
+            "Name a layer outside of what changes the batch, or do that outside of the model."
+        )
     if heatmap == "class_activation":
         classes = forward.logits.shape[1]
         weight = find_head(model, head, channels=activation.shape[1], classes=classes).to(activation.dtype)
@@ -158,10 +163,12 @@ def check_closed_form(
     reshape_transform: Callable[[Tensor], Tensor] | None = None,
     tolerance: float = 1e-3,
 ) -> float:
-    """Make sure that ``"class_activation"`` and ``"grad_cam"`` agree on this model, once, before training.
+    """Make sure that ``"class_activation"`` and ``"grad_cam"`` agree on this model, as it is now.
 
     They do where global average pooling and one linear layer follow the target layer. A ReLU, a normalisation or
-    another linear layer between them makes the closed form wrong, which nothing else would show.
+    another linear layer between them makes the closed form wrong, which nothing else would show. An adapter around the
+    head, such as LoRA's, shows only once it has been trained for some steps. The model is in evaluation mode, so that a
+    dropout between them does not show: the closed form has no mask.
 
     Args:
         model, x, target_layer, head, output_fn, reshape_transform: as for :func:`explain`; some real images.

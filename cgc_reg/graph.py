@@ -19,7 +19,9 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
         layer_output: what they were made of; a leaf where nothing below the layer is trained.
         model: whose parameters are to be trained.
     """
-    if heatmaps.requires_grad and (not layer_output.is_leaf or _reaches_another_leaf(heatmaps, layer_output)):
+    if heatmaps.requires_grad and (
+        not layer_output.is_leaf or any(leaf is not layer_output for leaf in leaves(heatmaps))
+    ):
         return True
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise RuntimeError(
@@ -31,12 +33,15 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
     return False
 
 
-def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> None:
+def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> bool:
     """Warn of a BatchNorm in training between the layer and the logits, not of one in a branch around the layer.
 
     Args:
         logits, layer_output: of one pass, with its graph.
         stacklevel: of the warning, as :func:`warnings.warn` counts for the caller.
+
+    Returns:
+        Whether there is one.
     """
     for node in _nodes_between(layer_output, logits):
         if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
@@ -46,7 +51,8 @@ def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int)
                 "`.eval()`, or name a layer behind it that puts out maps.",
                 stacklevel=stacklevel + 1,
             )
-            return
+            return True
+    return False
 
 
 def reentrant_checkpoint(logits: Tensor) -> bool:
@@ -54,9 +60,12 @@ def reentrant_checkpoint(logits: Tensor) -> bool:
     return any(type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes(logits))
 
 
-def _reaches_another_leaf(tensor: Tensor, leaf: Tensor) -> bool:
-    leaves = (getattr(node, "variable", None) for node in _nodes(tensor))
-    return any(variable is not None and variable is not leaf for variable in leaves)
+def leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """Go through the leaves, such as parameters, that a backward from a tensor reaches."""
+    for node in _nodes(tensor):
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
 
 
 def _nodes(tensor: Tensor) -> Iterator[Any]:

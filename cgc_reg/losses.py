@@ -101,6 +101,8 @@ def mse_consistency(query: Tensor, key: Tensor, *, reduction: Reduction = "mean"
     """
     check_pair(query, key)
     check_choice("reduction", reduction, get_args(Reduction))
+    if not len(query):
+        raise ValueError("`mse_consistency` must compare at least one pair of heatmaps; got an empty batch.")
     with without_autocast(query):
         return reduce((unit_maps(query) - unit_maps(key)).square().sum(dim=1), reduction)
 

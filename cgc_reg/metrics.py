@@ -38,7 +38,7 @@ def content_heatmap(
 
     Args:
         heatmaps: g, (n, h, w), at any resolution.
-        masks: m, (n, H, W), bool or from 0 to 1.
+        masks: m, (n, H, W), bool or from 0 to 1; of integers, such as 0 and 255, all but 0 count as 1.
         boxes: one for each image, (n, 4): x_min, y_min, x_max, y_max in pixels of the image. m is 1 for the pixels
             whose centre lies inside, x_min <= j + 0.5 < x_max. An annotation in whole pixels counted from 1, both ends
             included (Pascal VOC, ImageNet), is the box (x_min - 1, y_min - 1, x_max, y_max).
@@ -212,7 +212,7 @@ def _object_masks(n: int, masks: Tensor | None, boxes: Tensor | None, image_size
         raise ValueError(
             f"`image_size` must be given with `boxes` alone; got {describe(image_size)} with masks. Leave it out."
         )
-    return masks
+    return masks if masks.is_floating_point() else masks != 0
 
 
 def consistency(query: Tensor, key: Tensor) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ def extra_pass(model: nn.Module, mode: BatchNormMode, *, replica: bool) -> Itera
 def _inside_checkpoint() -> bool:
     """Tell whether a non-reentrant checkpoint is being recorded; torch 2.6 cannot tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)(False)
-    return top is not None and "checkpoint" in top[0].__qualname__
+    return top is not None and "checkpoint" in getattr(top[0], "__qualname__", "")
 
 
 def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:

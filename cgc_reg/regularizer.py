@@ -18,6 +18,7 @@ from cgc_reg._checks import (
     check_images,
     check_option,
     check_positive,
+    check_sampler,
     check_size,
     check_target,
     describe,
@@ -107,8 +108,8 @@ class CGCRegularizer(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
         gather_distributed: of ``"info_nce"``: contrast against the keys of all processes.
         generator: source of randomness of T; torch's global one if None.
-        output_fn: from the model's output to logits (n, k); by default the output itself, its ``logits``, or the first
-            tensor of a tuple.
+        output_fn: from the model's output to logits (n, k); by default the output itself, its ``logits``, or the only
+            tensor of that shape in a tuple.
         reshape_transform: from the layer's output to (n, c, h, w), for tokens or channels last.
 
     Raises:
@@ -153,11 +154,7 @@ class CGCRegularizer(nn.Module):
                 "`dict(model.named_modules())`."
             )
         transform = RandomResizedCropFlip() if transform is None else transform
-        if not callable(getattr(transform, "sample", None)):
-            raise TypeError(
-                f"`transform` must draw transforms with a method `sample`; got {describe(transform)}. Pass "
-                "RandomResizedCropFlip(...) or RandomAffine(...)."
-            )
+        check_sampler("transform", transform)
         check_option("heatmap", heatmap, HEATMAPS)
         check_option("loss", loss, get_args(LossName))
         check_positive("temperature", temperature)
@@ -190,7 +187,7 @@ class CGCRegularizer(nn.Module):
         self.generator = generator
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
-        self._looked_for_mixing = False
+        self._warned_of_mixing = False
         self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod
@@ -302,7 +299,8 @@ class CGCRegularizer(nn.Module):
 
         What is reused is a pass of this model over this very tensor alone, ``model(x)`` or ``model(pixel_values=x)``,
         made inside the ``with`` block with gradients on. Everything else is computed as ever: other tensors, copies of
-        x; a pass since which x, the weights, the training mode or autocast have changed; compiled models. The passes
+        x; a pass since which x, the weights or what is frozen of them, the training mode or autocast have changed
+        (``weight.data.copy_`` is a change that PyTorch shows to nobody); compiled models. The passes
         are kept until the block ends, so open one for each step. Both lines share a graph: sum the losses before the
         backward.
 
@@ -369,9 +367,9 @@ class CGCRegularizer(nn.Module):
             image_pass = self._pass(model, x, layer, bn_mode)
         target = _classes(image_pass.logits, target)
         heatmap = self._heatmaps(model, x, image_pass, target)
-        if model.training and torch.is_grad_enabled() and not self._looked_for_mixing:
-            warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
-            self._looked_for_mixing = True
+        if model.training and torch.is_grad_enabled() and not self._warned_of_mixing:
+            logits, layer_output = image_pass.inner_logits, image_pass.layer_output
+            self._warned_of_mixing = warn_if_images_mix(logits, layer_output, stacklevel=stacklevel + 1)
 
         if transform is None:
             transform = self._draw(x)
@@ -391,6 +389,12 @@ class CGCRegularizer(nn.Module):
         trains = torch.is_grad_enabled() and check_trainable(query, image_pass.layer_output, unwrap(model))
         if trains and not self.detach_key:
             check_trainable(key, view_pass.layer_output, unwrap(model))
+        if trains and not loss.requires_grad:
+            raise RuntimeError(
+                "`loss` must return a tensor in the graph of query and key; got one without, which would train "
+                "nothing. Remove `detach`, `no_grad` or conversions to numbers from it; measures such as `consistency` "
+                "are detached, and no loss."
+            )
         if trains and (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
             loss = reach_all_parameters(loss, logits)
         if not trains:
@@ -423,12 +427,19 @@ class CGCRegularizer(nn.Module):
         return next((image_pass for image_pass in found if image_pass is not None), None)
 
     def _pass(self, model: nn.Module, images: Tensor, layer: str, bn_mode: BatchNormMode) -> ForwardPass:
-        exposed = self._exposed(model)
+        exposed, version = self._exposed(model), images._version
         if exposed is not None:
-            return exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
-        if not isinstance(model, DistributedDataParallel):
-            model = unwrap(model)
-        return forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+            image_pass = exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
+        else:
+            model = model if isinstance(model, DistributedDataParallel) else unwrap(model)
+            image_pass = forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
+        if images._version != version:
+            raise RuntimeError(
+                "`model` must leave its images as they are, since views are made of them and each is passed once; got "
+                "a forward that changes them in place. Replace its in-place operations, such as `x -= mean` by "
+                "`x = x - mean`, or begin it with `x = x.clone()`."
+            )
+        return image_pass
 
     def _layer(self, model: nn.Module, x: Tensor) -> str:
         exposed = self._exposed(model)

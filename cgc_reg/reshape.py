@@ -59,20 +59,20 @@ class TokensToMaps:
 def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
     """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
 
-    It is when the last layer inside that has weights works on the last dimension, and its width is found there alone. A
-    single vector of weights, such as a LayerScale's, does not tell.
+    It is when a layer inside that has weights works on the last dimension, and its width is found there alone. With
+    convolutions, whose squeeze-and-excitation works on vectors, only the last one tells, which is the last to be named:
+    without, any, since it may be named first. A single vector of weights, such as a LayerScale's, does not tell.
     """
-    last = [
+    weighted = [
         module
         for module in layer.modules()
         if isinstance(module, nn.LayerNorm) or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
-    ][-1:]
-    width = next(
-        (
-            m.out_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]
-            for m in last
-            if isinstance(m, (nn.Linear, nn.LayerNorm))
-        ),
-        None,
-    )
-    return output.ndim == 4 and output.shape[3] == width != output.shape[1]
+    ]
+    if any(weight.ndim > 2 for weight in layer.parameters()):
+        weighted = weighted[-1:]
+    widths = {
+        module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
+        for module in weighted
+        if isinstance(module, (nn.Linear, nn.LayerNorm))
+    }
+    return output.ndim == 4 and output.shape[3] in widths and output.shape[1] not in widths

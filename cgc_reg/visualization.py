@@ -141,7 +141,8 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
     """Draw a picture with one row for each image and one titled column for each tensor.
 
     Args:
-        columns: title -> images (n, 3, H, W) from 0 to 1, or heatmaps (n, h, w), each scaled to its own peak.
+        columns: title -> images (n, 3, H, W) or grey ones (n, 1, H, W), from 0 to 1, or heatmaps (n, h, w), each scaled
+            to its own peak.
         title: of the whole picture.
 
     Returns:
@@ -160,6 +161,8 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, tensor) in enumerate(columns.items()):
         images = _colorize(tensor, None) if tensor.ndim == 3 else tensor.detach().float().cpu().clamp(0, 1)
+        if images.shape[1] == 1:  # which matplotlib would colour
+            images = images.expand(-1, 3, -1, -1)
         for row in range(rows):
             axes[row, column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row, column].set_axis_off()

@@ -8,8 +8,17 @@ import torch.nn.functional as F
 from networks import assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
+from torchvision.transforms import v2
 
-from cgc_reg import CGCRegularizer, SpatialTransform
+from cgc_reg import (
+    CGCRegularizer,
+    ContrastiveTransforms,
+    RandomResizedCropFlip,
+    SpatialTransform,
+    consistency,
+    explain,
+    mse_consistency,
+)
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4])
@@ -27,6 +36,7 @@ def regularizer(target_layer="features", **options):
         ({"target_layer": 4}, ValueError),
         ({"transform": "crop"}, TypeError),
         ({"transform": lambda x: x}, TypeError),
+        ({"transform": RandomResizedCropFlip}, TypeError),
         ({"heatmap": "gradcam"}, ValueError),
         ({"loss": "mse"}, ValueError),
         ({"temperature": 0}, ValueError),
@@ -64,6 +74,11 @@ IDENTITY = SpatialTransform.identity(4)
         ({"x": X[:0]}, ValueError, "an empty batch"),
         ({"x": X.byte()}, TypeError, "`x` must hold floating-point images.*uint8"),
         ({"x": X.numpy()}, TypeError, "`x` must be a tensor of images.*ndarray"),
+        (
+            {"x": list(X)[:2]},
+            TypeError,
+            r"images.*; got \[a float32 tensor of shape \(3, 16, 16\), a float32 tensor of shape.{12}\]",
+        ),
         ({"x": X[:1]}, ValueError, "batch of one"),
         ({"model": lambda x: x}, TypeError, "`model` must be a torch.nn.Module"),
         ({"target": Y[:3]}, ValueError, r"`target` must hold one class index per image, shape \(4,\)"),
@@ -192,8 +207,83 @@ def test_loss_of_another_shape_is_refused(returned):
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [
+        lambda query, key: 1 - consistency(query, key)["margin"],
+        lambda query, key: (query - key).detach().square().mean(dim=(1, 2)),
+        torch.no_grad()(lambda query, key: (query - key).square().mean()),
+    ],
+    ids=["measure", "detached", "no_grad"],
+)
+def test_loss_without_a_graph_is_refused_in_training(loss):
+    model, reg = relu_net(), regularizer(loss=loss)
+    for run in (reg, reg.compute):
+        with pytest.raises(RuntimeError, match="`loss` must return a tensor in the graph of query and key"):
+            run(model, X)
+    with torch.no_grad():
+        assert reg(model, X).isfinite()
+    assert reg(relu_net().requires_grad_(False), X).isfinite()
+
+
+@pytest.mark.parametrize(
     "returned", [lambda a, g: a, lambda a, g: a.sum(), lambda a, g: a[:2].sum(dim=1), lambda a, g: None]
 )
 def test_heatmap_of_another_shape_is_refused(returned):
     with pytest.raises(ValueError, match=r"`heatmap` must return heatmaps of shape \(n, h, w\), here \(4, 4, 4\)"):
         regularizer(heatmap=returned)(relu_net(), X)
+
+
+class InPlace(nn.Module):
+    """A net that normalises its images in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, x):
+        x -= 0.5
+        return self.net(x)
+
+
+def test_model_that_changes_its_images_is_refused():
+    reg = regularizer("net.features")
+    for run in (reg, reg.compute):
+        with pytest.raises(RuntimeError, match="`model` must leave its images as they are"):
+            run(InPlace(), X.clone())
+
+
+class TwoViews(nn.Module):
+    """A net that adds the mirrored images to the batch, and averages the scores of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, x):
+        return self.net(torch.cat([x, x.flip(3)])).view(2, len(x), 5).mean(dim=0)
+
+
+def test_layer_of_another_batch_is_refused():
+    with pytest.raises(ValueError, match=r"one map for each of the 4 images; got .*\(8, 8, 4, 4\)"):
+        regularizer("net.features")(TwoViews(), X)
+    with pytest.raises(ValueError, match="one map for each of the 4 images"):
+        explain(TwoViews(), X, "net.features")
+
+
+def test_empty_batch_is_no_pair():
+    with pytest.raises(ValueError, match="an empty batch"):
+        mse_consistency(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transform": v2.RandomHorizontalFlip()}, "`transform` must draw transforms with a method `sample`"),
+        ({"transform": RandomResizedCropFlip}, "got the class RandomResizedCropFlip itself"),
+        ({"image_transform": RandomResizedCropFlip()}, "`image_transform` must be a function of one image"),
+        ({"value_transform": v2.RandomHorizontalFlip}, "`value_transform` must be a function.*got the class"),
+    ],
+)
+def test_transforms_of_another_kind_are_refused_before_the_workers_start(options, message):
+    with pytest.raises(TypeError, match=message):
+        ContrastiveTransforms(**options)

@@ -1,6 +1,7 @@
 """The model after a call is the model before it, whatever happens in between."""
 
 import copy
+import functools
 import itertools
 from contextlib import nullcontext
 
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
 from strategies import generator
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-from cgc_reg import CGCRegularizer, explain, suggest_target_layer
+from cgc_reg import CGCRegularizer, class_activation, explain, suggest_target_layer
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 LAYER = "features.4"
@@ -338,6 +340,41 @@ def test_trunk_without_gradients_costs_no_graph(heatmap, mode):
     with mode():
         regularizer(heatmap=heatmap)(model, X)
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_parametrized_head_is_read_as_the_pass_had_it(training):
+    """Spectral norm iterates on its buffers each time that the weight is read in training."""
+    model = relu_net().train(training)
+    spectral_norm(model.head)
+    plain = copy.deepcopy(model)
+    reg = regularizer(heatmap="class_activation")
+    before = buffers_of(model)
+    reg(model, X)
+    assert_same(buffers_of(model), before)
+    out = reg.compute(model, X)
+    plain(X)
+    assert_same(buffers_of(model), buffers_of(plain))
+    with torch.no_grad():
+        weight = plain.eval().head.weight
+        expected = class_activation(plain.features[:5](X), weight, out.target)
+    torch.testing.assert_close(out.heatmap.detach(), expected)
+
+
+def test_hooks_on_saved_tensors_may_be_any_callable():
+    model = relu_net(nn.BatchNorm2d)
+    with torch.autograd.graph.saved_tensors_hooks(
+        functools.partial(torch.Tensor.clone), functools.partial(torch.clone)
+    ):
+        regularizer()(model, X).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_traced_model_is_refused_as_one_that_does_not_call_its_layers():
+    traced = torch.jit.trace(relu_net().eval(), X)
+    with pytest.raises(RuntimeError, match="`target_layer` must be a layer that the model's forward calls"):
+        CGCRegularizer("features")(traced, X)
 
 
 def test_an_extra_pass_leaves_the_buffers_of_other_layers_alone():

@@ -58,6 +58,15 @@ def test_norm_behind_the_layer_is_pointed_out_once(run):
     run(reg, model)  # a second warning would be an error
 
 
+def test_norm_that_comes_into_training_later_is_pointed_out_then():
+    model, reg = mixing_net(), regularizer("features.0")
+    model.features[1].eval()
+    reg(model, X)
+    model.train()
+    with pytest.warns(UserWarning, match="BatchNorm behind `target_layer`"):
+        reg(model, X)
+
+
 class Skip(nn.Module):
     """A layer `top` beside a BatchNorm, in a network that adds up both branches."""
 

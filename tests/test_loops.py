@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import assert_same, buffers_of, gradients, relu_net, settings_of
+from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
@@ -180,6 +180,26 @@ def test_heatmaps_survive_gradients_that_float16_cannot_hold():
     assert exact.scalars["blank_share"] == out.scalars["blank_share"] == 0
     similarity = F.cosine_similarity(out.key.flatten(1), exact.key.flatten(1))
     assert similarity.min() > 0.98
+
+
+class ScaledCosines(nn.Module):
+    """A head whose logits are the cosines of features and class weights, times a number, as ArcFace's and CLIP's."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.weight = scale, nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, features):
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
+@pytest.mark.parametrize("scale", [64, 100])
+def test_heads_with_large_gradients_survive_float16(scale):
+    model = GapNet(*relu_net().features, head=ScaledCosines(scale))
+    exact = regularizer()(model, X, Y)
+    with torch.autocast("cpu", torch.float16):
+        loss = regularizer()(model, X, Y)
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 
 # ---- situations: each trains, with a gradient for everything that has one in a plain loop

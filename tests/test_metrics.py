@@ -68,6 +68,13 @@ def test_content_of_a_blank_heatmap_is_nan_and_leaves_others_alone():
     assert content[1:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("value", [1, 255])
+def test_masks_of_integers_say_where_and_not_how_much(dtype, value):
+    heatmaps, masks = noise(0, 2, 3, 3), noise(1, 2, 6, 6) > 0.5
+    torch.testing.assert_close(content_heatmap(heatmaps, masks.to(dtype) * value), content_heatmap(heatmaps, masks))
+
+
 @pytest.mark.parametrize("masks", [torch.ones(2, 4, 4), torch.ones(4, 4), torch.ones(1, 1, 4, 4), "left"])
 def test_content_refuses_masks_of_other_shapes(masks):
     with pytest.raises(ValueError, match=r"`masks` must be of shape \(1, H, W\)"):

@@ -545,7 +545,9 @@ class Returning(nn.Module):
         (lambda logits: Scores(logits, None), None),
         (lambda logits: torchvision.models.GoogLeNetOutputs(logits, None, None), None),
         (lambda logits: {"scores": logits}, lambda output: output["scores"]),
-        (lambda logits: (None, logits), lambda output: output[1]),
+        (lambda logits: (None, logits), None),
+        (lambda logits: (logits.sum(), logits, X, logits.argsort(dim=1)), None),
+        (lambda logits: (logits[:, :2], logits), lambda output: output[1]),
     ],
 )
 def test_logits_are_found_in_what_the_model_returns(form, output_fn):
@@ -594,6 +596,8 @@ def test_output_has_no_graph_where_nothing_is_trained():
         (lambda logits: logits[:, :, None], None, r"\(4, classes\).*\(4, 5, 1\)"),
         (lambda logits: logits[:2], None, r"\(4, classes\).*\(2, 5\)"),
         (lambda logits: "scores", None, "got 'scores'"),
+        (lambda logits: (logits[:, :2], logits), None, r"one tensor of shape \(4, classes\); got 2.*output_fn"),
+        (lambda logits: (), None, r"got \(\)"),
         (lambda logits: logits, lambda output: output.sum(), "`output_fn` must return logits"),
     ],
 )
@@ -752,6 +756,42 @@ def test_trunk_run_without_gradients_is_a_frozen_trunk():
     probe = LinearProbe(*net.features, head=net.head)
     expected = gradients(regularizer()(net, X), net)["head.weight"]
     torch.testing.assert_close(gradients(regularizer()(probe, X), probe)["head.weight"], expected)
+
+
+class FrozenBlock(nn.Module):
+    """A trunk of three stages that its forward freezes up to a point by `no_grad`."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 6, 3, padding=1), nn.ReLU()) for c in (3, 6, 6))
+        self.head, self.frozen = nn.Linear(6, 5), frozen
+
+    def forward(self, x):
+        with torch.no_grad():
+            for stage in self.stages[: self.frozen]:
+                x = stage(x)
+        for stage in self.stages[self.frozen :]:
+            x = stage(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 3])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_what_the_model_freezes_is_not_trained(layer, frozen):
+    model = FrozenBlock(frozen)
+    plain = gradients(model(X).sum(), model)
+    reg = regularizer(f"stages.{layer}")
+    for run in (reg, reg.compute):
+        if layer < frozen - 1:
+            with pytest.raises(RuntimeError, match=rf"which 'stages\.{layer + 1}\.0\.weight' follows"):
+                run(model, X)
+            with torch.no_grad():
+                assert reg(model, X).isfinite()
+        else:
+            out = run(model, X)
+            loss = out if isinstance(out, torch.Tensor) else out.loss + out.logits.sum()
+            assert set(gradients(loss, model)) <= set(plain)
+    assert explain(model, X, f"stages.{layer}").isfinite().all()
 
 
 def test_frozen_model_has_a_loss_all_the_same():

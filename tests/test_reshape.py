@@ -41,7 +41,7 @@ def test_vit_trains_through_tokens_to_maps():
     assert model.conv_proj.weight.grad.count_nonzero() > 0
 
 
-@pytest.mark.parametrize("layer", ["features", "features.3", "norm"])
+@pytest.mark.parametrize("layer", ["features", "features.2", "features.3", "norm"])
 def test_channels_last_is_not_taken_for_a_map(layer):
     for run in (lambda m: CGCRegularizer(layer)(m, X), lambda m: explain(m, X, layer)):
         with pytest.raises(ValueError, match="reshape_transform=channels_last_to_maps"):

@@ -265,7 +265,18 @@ def in_half_precision(model):
         model(X)
 
 
-@pytest.mark.parametrize("before", [evaluated, moved, in_half_precision])
+def replaced(model):
+    model(X)
+    model.head.weight.data = 2 * model.head.weight.detach()
+
+
+def unfrozen(model):
+    model.features[0].requires_grad_(False)
+    model(X)
+    model.features[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("before", [evaluated, moved, replaced, unfrozen, in_half_precision])
 def test_a_pass_since_which_the_model_has_changed_is_computed(before):
     model = relu_net(nn.BatchNorm2d)
     reg = regularizer()

@@ -81,6 +81,13 @@ def test_gallery_has_a_titled_column_for_each_tensor(compared, tmp_path):
         assert picture.size == tuple((figure.get_size_inches() * figure.dpi).astype(int))
 
 
+def test_gallery_shows_grey_images_grey():
+    grey = torch.rand(2, 1, 5, 6)
+    figure = gallery({"grey": grey})
+    shown = torch.from_numpy(figure.axes[1].images[0].get_array().data)
+    torch.testing.assert_close(shown, grey[1, 0, :, :, None].expand(-1, -1, 3))
+
+
 def test_similarity_matrix_shows_the_cosine_of_each_pair():
     query, key = torch.rand(5, 3, 4, dtype=torch.float64, requires_grad=True), torch.rand(5, 3, 4, dtype=torch.float64)
     key.data[2] = 0  # a blank map resembles none
