@@ -33,15 +33,12 @@ def check_trainable(heatmaps: Tensor, layer_output: Tensor, model: nn.Module) ->
     return False
 
 
-def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> bool:
+def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int) -> None:
     """Warn of a BatchNorm in training between the layer and the logits, not of one in a branch around the layer.
 
     Args:
         logits, layer_output: of one pass, with its graph.
         stacklevel: of the warning, as :func:`warnings.warn` counts for the caller.
-
-    Returns:
-        Whether there is one.
     """
     for node in _nodes_between(layer_output, logits):
         if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
@@ -51,8 +48,7 @@ def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int)
                 "`.eval()`, or name a layer behind it that puts out maps.",
                 stacklevel=stacklevel + 1,
             )
-            return True
-    return False
+            return
 
 
 def reentrant_checkpoint(logits: Tensor) -> bool:

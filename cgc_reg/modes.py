@@ -56,6 +56,11 @@ def batch_norm_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[list[nn.M
         yield changed
 
 
+def norms_in_training(model: nn.Module) -> int:
+    """Count the BatchNorms that normalise with a batch's statistics."""
+    return sum(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+
+
 def _is_torchs_batch_norm(module: nn.Module) -> bool:
     """Tell whether a module heeds `track_running_stats`, which a forward of somebody's own need not."""
     return isinstance(module, _BatchNorm) and type(module).forward.__module__.startswith("torch.")

@@ -31,7 +31,7 @@ from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
 from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
-from cgc_reg.modes import BatchNormMode, ordinary, outside_inference_mode, without_broadcast
+from cgc_reg.modes import BatchNormMode, norms_in_training, ordinary, outside_inference_mode, without_broadcast
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
 from cgc_reg.reuse import KeptPasses, keep_passes
 from cgc_reg.suggest import suggest_target_layer
@@ -187,7 +187,7 @@ class CGCRegularizer(nn.Module):
         self.generator = generator
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
-        self._warned_of_mixing = False
+        self._norms_looked_at = 0  # how many BatchNorms were in training when one behind the layer was last looked for
         self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod
@@ -367,9 +367,9 @@ class CGCRegularizer(nn.Module):
             image_pass = self._pass(model, x, layer, bn_mode)
         target = _classes(image_pass.logits, target)
         heatmap = self._heatmaps(model, x, image_pass, target)
-        if model.training and torch.is_grad_enabled() and not self._warned_of_mixing:
-            logits, layer_output = image_pass.inner_logits, image_pass.layer_output
-            self._warned_of_mixing = warn_if_images_mix(logits, layer_output, stacklevel=stacklevel + 1)
+        if torch.is_grad_enabled() and (norms := norms_in_training(model)) != self._norms_looked_at:
+            warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
+            self._norms_looked_at = norms
 
         if transform is None:
             transform = self._draw(x)
