@@ -16,6 +16,15 @@ class GapNet(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
+class LinearProbe(GapNet):
+    """A GapNet whose forward runs its features without gradients."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = self.features(x)
+        return self.head(features.mean(dim=(2, 3)))
+
+
 def relu_net(norm=nn.Identity, classes=5):
     """Two convolutions with ReLUs to a quarter of the size, and a linear head; norm is put behind each convolution."""
     net = GapNet(

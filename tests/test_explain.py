@@ -4,7 +4,7 @@ import captum.attr
 import pytest
 import torch
 import torchvision
-from networks import GapNet, assert_same, buffers_of, relu_net, settings_of
+from networks import GapNet, LinearProbe, assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
@@ -112,12 +112,6 @@ def test_explain_works_in_inference_mode(layer):
 
 
 def test_explain_works_on_a_model_that_runs_its_trunk_without_gradients():
-    class LinearProbe(GapNet):
-        def forward(self, x):
-            with torch.no_grad():
-                features = self.features(x)
-            return self.head(features.mean(dim=(2, 3)))
-
     net = relu_net()
     probe = LinearProbe(*net.features, head=net.head)
     assert_same(explain(probe, X, "features"), explain(net, X, "features"))

@@ -14,7 +14,17 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import GapNet, assert_same, buffers_of, cell_net, gradients, relu_net, settings_of, smooth_net
+from networks import (
+    GapNet,
+    LinearProbe,
+    assert_same,
+    buffers_of,
+    cell_net,
+    gradients,
+    relu_net,
+    settings_of,
+    smooth_net,
+)
 from strategies import generator
 from torch import nn
 
@@ -746,12 +756,6 @@ def test_frozen_head_leaves_the_trunks_gradients_as_they_are():
 
 
 def test_trunk_run_without_gradients_is_a_frozen_trunk():
-    class LinearProbe(GapNet):
-        def forward(self, x):
-            with torch.no_grad():
-                features = self.features(x)
-            return self.head(features.mean(dim=(2, 3)))
-
     net = relu_net()
     probe = LinearProbe(*net.features, head=net.head)
     expected = gradients(regularizer()(net, X), net)["head.weight"]
