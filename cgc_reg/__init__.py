@@ -11,7 +11,7 @@ from cgc_reg.suggest import suggest_target_layer
 from cgc_reg.transforms import RandomAffine, RandomResizedCropFlip, SpatialTransform, TransformSampler
 from cgc_reg.wrappers import expose_layer
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 
 __all__ = [
     "CGCOutput",

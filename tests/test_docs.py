@@ -120,3 +120,10 @@ def test_site_builds_without_a_warning(tmp_path):
     assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= {
         path.name for path in (tmp_path / "html").iterdir()
     }
+
+
+def test_the_version_is_one():
+    changes, citation = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "CITATION.cff").read_text()
+    (newest, released), *_ = re.findall(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", changes, re.MULTILINE)
+    assert newest == cgc_reg.__version__
+    assert f"\nversion: {newest}\ndate-released: {released}\n" in citation
