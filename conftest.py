@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, and the names that docstrings' examples use."""
+"""What every test and every docstring's example gets: a fixed seed, and for the latter the names that they use."""
 
 import pytest
 import torch
@@ -9,17 +9,10 @@ from torch import nn
 import cgc_reg
 
 
-class DoctestNames:
-    """A plugin, since a conftest's own fixtures reach only the files beside it, and the examples are in the package."""
-
-    @pytest.fixture(autouse=True)
-    def doctest_names(self, doctest_namespace):
-        doctest_namespace.update({name: getattr(cgc_reg, name) for name in cgc_reg.__all__})
-        doctest_namespace.update(torch=torch, torchvision=torchvision, nn=nn, F=F)
-
-
-def pytest_configure(config):
-    config.pluginmanager.register(DoctestNames())
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace):
+    doctest_namespace.update({name: getattr(cgc_reg, name) for name in cgc_reg.__all__})
+    doctest_namespace.update(torch=torch, torchvision=torchvision, nn=nn, F=F)
 
 
 def pytest_collection_modifyitems(config, items):
