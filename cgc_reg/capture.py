@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
 
 # Models that checkpoint modules whose settings an extra pass changes.
 _CHECKPOINTED: WeakSet[nn.Module] = WeakSet()
-# Models that run the layer without gradients, and train nothing between it and the end of that block.
-_FROZEN_BLOCK: WeakSet[nn.Module] = WeakSet()
+# Models that run a layer without gradients, and the weights that they were seen to train all the same.
+_TRAINED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _OWN_PASS: ContextVar[bool] = ContextVar("_OWN_PASS", default=False)
 
 
@@ -140,9 +140,8 @@ def forward_pass(
                 f"tree, such as by a list or a patched `forward`; got {bn_mode!r}, which the checkpoint would not heed "
                 "when it runs them again in the backward."
             )
-    if frozen_block and inner not in _FROZEN_BLOCK:
+    if frozen_block:
         _check_frozen_block(inner, x, target_layer, inner_logits, output_fn)
-        _FROZEN_BLOCK.add(inner)
     if not grad_enabled and not logits.requires_grad:
         # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
         with torch.enable_grad():
@@ -154,12 +153,17 @@ def _check_frozen_block(
     model: nn.Module, x: Tensor, target_layer: str, logits: Tensor, output_fn: Callable[[Any], Tensor] | None
 ) -> None:
     """Refuse a `no_grad` block of the model's own that holds weights behind the layer, where gradients are on now."""
-    with own_pass(), uncompiled(model), batch_norm_mode(model, "preserve"):
-        plain = find_logits(model(x), output_fn, len(x))
-    trained = {id(leaf) for leaf in leaves(plain)}
-    reached = {id(leaf) for leaf in leaves(logits)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in reached - trained:
+
+    def reached_from(scores: Tensor) -> list[str]:
+        reached = {id(leaf) for leaf in leaves(scores)}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in reached]
+
+    reached = reached_from(logits)
+    if not _TRAINED.get(model, set()).issuperset(reached):
+        with own_pass(), uncompiled(model), batch_norm_mode(model, "preserve"):
+            _TRAINED[model] = set(reached_from(find_logits(model(x), output_fn, len(x))))
+    for name in reached:
+        if name not in _TRAINED.get(model, set()):
             raise RuntimeError(
                 f"`target_layer` must not be followed by weights in a `no_grad` block of the model: heatmaps need "
                 f"gradients from the layer on, and would train what the block freezes; got {target_layer!r}, which "

@@ -59,9 +59,9 @@ class TokensToMaps:
 def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
     """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
 
-    It is when a layer inside that has weights works on the last dimension, and its width is found there alone. With
-    convolutions, whose squeeze-and-excitation works on vectors, only the last one tells, which is the last to be named:
-    without, any, since it may be named first. A single vector of weights, such as a LayerScale's, does not tell.
+    It is when a layer inside that has weights works on the last dimension, and its width is found there alone. Beside
+    convolutions only the last of these layers tells, since squeeze-and-excitation has linear layers of any width. A
+    single vector of weights, such as a LayerScale's, does not tell.
     """
     weighted = [
         module

@@ -798,6 +798,13 @@ def test_what_the_model_freezes_is_not_trained(layer, frozen):
     assert explain(model, X, f"stages.{layer}").isfinite().all()
 
 
+def test_what_the_model_freezes_is_not_trained_after_another_layer_would_do_either():
+    model = FrozenBlock(3)
+    regularizer("stages.2")(model, X)
+    with pytest.raises(RuntimeError, match=r"which 'stages\.1\.0\.weight' follows"):
+        regularizer("stages.0")(model, X)
+
+
 def test_frozen_model_has_a_loss_all_the_same():
     model = relu_net().requires_grad_(False)
     assert regularizer()(model, X).isfinite()
