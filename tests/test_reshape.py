@@ -6,6 +6,7 @@ import torchvision
 from strategies import generator
 
 from cgc_reg import CGCRegularizer, TokensToMaps, channels_last_to_maps, explain, suggest_target_layer
+from cgc_reg.reshape import is_channels_last
 
 X = torch.randn(2, 3, 64, 64, generator=generator(0))
 BEFORE_LAST_ATTENTION = "encoder.layers.encoder_layer_1.ln_1"
@@ -81,3 +82,27 @@ def test_tokens_come_back_in_their_places():
 def test_other_shapes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class SqueezeExcitation(torch.nn.Module):
+    """Weigh channels by linear layers, of which one is as wide as the maps are."""
+
+    def __init__(self, channels, squeezed):
+        super().__init__()
+        self.squeeze, self.excite = torch.nn.Linear(channels, squeezed), torch.nn.Linear(squeezed, channels)
+
+    def forward(self, x):
+        return x * self.excite(self.squeeze(x.mean(dim=(2, 3))).relu()).sigmoid()[:, :, None, None]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        SqueezeExcitation(6, 8),  # alone: its channels are found among the widths too
+        torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), SqueezeExcitation(6, 8), torch.nn.Conv2d(6, 5, 1)),
+    ],
+    ids=["alone", "among convolutions"],
+)
+def test_maps_as_wide_as_a_linear_layer_are_not_taken_for_channels_last(layer):
+    x = torch.rand(2, 6 if isinstance(layer, SqueezeExcitation) else 3, 8, 8)
+    assert not is_channels_last(layer, layer(x))
