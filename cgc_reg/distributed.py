@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Models that DistributedDataParallel was looked for around.
+_LOOKED_AROUND: WeakSet[nn.Module] = WeakSet()
 
 
 def gather(local: Tensor) -> tuple[Tensor, int]:
@@ -78,6 +85,33 @@ def is_sharded(model: nn.Module) -> bool:
             "`fully_shard` or DistributedDataParallel."
         )
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def warn_if_bypassed(model: nn.Module, *, stacklevel: int) -> None:
+    """Warn, once for each model, of a pass that goes around the DistributedDataParallel that holds the model.
+
+    A module does not know its wrapper, so wrappers are sought among all of Python's objects.
+
+    Args:
+        model: as the user gave it.
+        stacklevel: of the warning, as :func:`warnings.warn` counts for the caller.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and torch.is_grad_enabled()):
+        return
+    # Inside the wrapper's own forward, as in Lightning's training step, the model itself is what to take.
+    if model in _LOOKED_AROUND or DistributedDataParallel._active_ddp_module is not None:
+        return
+    wrappers = [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]
+    holding = [wrapper for wrapper in wrappers if model in wrapper.module.modules()]
+    if any(not wrapper.require_backward_grad_sync for wrapper in holding):
+        return  # in `no_sync`, where gradients accumulate and are averaged later
+    _LOOKED_AROUND.add(model)
+    if holding:
+        warnings.warn(
+            "`model` is held by a DistributedDataParallel that this pass goes around, so that nothing averages the "
+            "gradients of the processes. Give `compute` the wrapper, instead of its `module`.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def reach_all_parameters(loss: Tensor, logits: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from cgc_reg._checks import (
 )
 from cgc_reg._precision import without_autocast
 from cgc_reg.capture import ForwardPass, exposed_pass, forward_pass
-from cgc_reg.distributed import is_sharded, reach_all_parameters
+from cgc_reg.distributed import is_sharded, reach_all_parameters, warn_if_bypassed
 from cgc_reg.explain import HEATMAPS, heatmaps_of
 from cgc_reg.graph import check_trainable, warn_if_images_mix
 from cgc_reg.heatmaps import HeatmapRule
@@ -291,6 +291,7 @@ class CGCRegularizer(nn.Module):
         with outside_inference_mode():
             if self._exposed(model) is None:
                 model = without_compilation(model, stacklevel=2)
+            warn_if_bypassed(model, stacklevel=2)
             return self._step(model, x, target, view, transform, bn_mode="update", stacklevel=2)
 
     @contextmanager

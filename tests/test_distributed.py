@@ -3,6 +3,8 @@
 Every scenario runs in one pair of processes, started once; each process writes what it got, and the tests compare.
 """
 
+import warnings
+
 import gloo
 import pytest
 import torch
@@ -64,6 +66,12 @@ def call_step(model, share):
     return F.cross_entropy(model(X[share]), Y[share]) + regularizer(share, gather_distributed=True)(model, X[share])
 
 
+def call_step_of_the_module(model, share):
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    cgc = regularizer(share, gather_distributed=True)(module, X[share])
+    return F.cross_entropy(model(X[share]), Y[share]) + cgc
+
+
 def plain(model):
     return model
 
@@ -82,6 +90,7 @@ SCENARIOS = {
     "gathered official": (plain, gathered_official_call),
     "compute": (DistributedDataParallel, compute_step),
     "call": (DistributedDataParallel, call_step),
+    "call of the module": (DistributedDataParallel, call_step_of_the_module),
     "compute, compiled outside": (compiled_outside, compute_step),
     "call, compiled outside": (compiled_outside, call_step),
     "compute, compiled inside": (compiled_inside, compute_step),
@@ -125,12 +134,69 @@ def look(model, share):
     suggest_target_layer(model, X[share])
 
 
+class Step(nn.Module):
+    """A model whose forward is the training step, as Lightning has it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return regularizer(SHARE[0]).compute(self.model, x).loss
+
+
+def look_without_gradients(model, x):
+    with torch.no_grad():
+        regularizer(SHARE[0]).compute(model.module, x)
+
+
+def accumulate(model, x):
+    with model.no_sync():
+        regularizer(SHARE[0]).compute(model.module, x)
+
+
+def accumulate_and_step(model, x):
+    accumulate(model, x)
+    regularizer(SHARE[0]).compute(model.module, x)
+
+
+BYPASSING = {
+    "the module after an accumulation": accumulate_and_step,
+    "the module": lambda model, x: regularizer(SHARE[0]).compute(model.module, x),
+    "the compiled module": lambda model, x: regularizer(SHARE[0]).compute(
+        torch.compile(model.module, backend="eager"), x
+    ),
+    "a part of it": lambda model, x: regularizer(SHARE[0]).compute(model.module.model, x),
+}
+SYNCHRONISED = {
+    "the wrapper": lambda model, x: regularizer(SHARE[0]).compute(model, x),
+    "the compiled wrapper": lambda model, x: regularizer(SHARE[0]).compute(torch.compile(model, backend="eager"), x),
+    "a model without one": lambda model, x: regularizer(SHARE[0]).compute(network(), x),
+    "inside its forward": lambda model, x: model(x),
+    "without gradients": look_without_gradients,
+    "while gradients accumulate": accumulate,
+    "beside a pass of the wrapper": lambda model, x: model(x).sum() + regularizer(SHARE[0])(model.module, x),
+}
+
+
+def warnings_of(name):
+    """Count the warnings of a pass around DistributedDataParallel that two steps give."""
+    stepping = name in ("a part of it", "inside its forward")
+    model = DistributedDataParallel(Step(network()) if stepping else network())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            (BYPASSING | SYNCHRONISED)[name](model, X[SHARE[0]])
+    return [warning.filename for warning in caught if "goes around" in str(warning.message)]
+
+
 def work(rank):
     results = {name: outcome(*scenario, rank) for name, scenario in SCENARIOS.items()}
     results["one pass"] = buffers_after(rank, plain_pass)
     results["one pass and extra ones"] = buffers_after(rank, plain_pass, call, look)
     results["two passes"] = buffers_after(rank, plain_pass, plain_pass)
     results["one pass and compute"] = buffers_after(rank, plain_pass, compute)
+    results["warnings"] = {name: warnings_of(name) for name in BYPASSING | SYNCHRONISED}
     return results
 
 
@@ -195,6 +261,11 @@ def test_running_statistics_differ_between_processes(results):
     # Else the test before shows nothing.
     first, second = (result["one pass"]["features.1.running_mean"] for result in results)
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_a_pass_around_the_wrapper_is_warned_of_once(results, rank):
+    assert results[rank]["warnings"] == {name: [__file__] * (name in BYPASSING) for name in BYPASSING | SYNCHRONISED}
 
 
 def test_gathering_needs_a_process_group():
