@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_whole
+from checkpoint import load_checkpoint, write_whole
 from evaluate import NOT_INSTALLED
 from jobs import run_all, run_script
 from study_config import Setting, Study, read_study
@@ -75,11 +75,12 @@ def decisive(options: str) -> dict[str, str]:
 
 def train(study: Study, setting: Setting, seed: int, folder: Path, on_line: Callable[[str], object]) -> dict[str, Any]:
     """Make one training and evaluate it."""
-    began = time.perf_counter()
     options = study.options_of(setting)
     script = [HERE / "train_imagenette.py", *options.split(), "--seed", str(seed), "--out", folder, "--resume"]
     run_script(script, threads=1, on_line=on_line)
     (last,) = folder.glob("*/last.pt")
+    trained = sum(epoch["seconds"] for epoch in load_checkpoint(last, device="cpu")["history"])
+    began = time.perf_counter()
     found = folder / "found.json"
     script = [HERE / "evaluate.py", last, *study.evaluate.split(), "--json", found]
     run_script([*script, "--out", folder / "evaluation.png"], threads=1)
@@ -91,7 +92,8 @@ def train(study: Study, setting: Setting, seed: int, folder: Path, on_line: Call
         "seed": seed,
         "options": options,
         "found": {name: round(value, 6) for name, value in values.items()},
-        "seconds": round(time.perf_counter() - began, 1),
+        # Of all epochs, also those before an interruption.
+        "seconds": round(trained + time.perf_counter() - began, 1),
         "machine": f"one of {os.cpu_count()} threads, {platform.machine()}",
         "torch": torch.__version__,
         "commit": subprocess.run(

@@ -9,6 +9,8 @@ import pytest
 
 import study
 import study_report
+import train_imagenette
+from checkpoint import load_checkpoint, save_checkpoint
 from study_config import Setting, Study, read_study
 
 EXPERIMENTS = Path(study.__file__).parent / "experiments"
@@ -72,6 +74,19 @@ def test_study_makes_each_training_once(tiny, tmp_path, capsys):
     study.main([*command, "--report"])
     study.main(command)
     assert (tmp_path / "results" / "tiny.jsonl").read_text() == both
+
+
+def test_an_interrupted_training_counts_with_the_epochs_that_it_had_made(tiny, tmp_path):
+    made = read_study(tiny)
+    plain = made.settings[0]
+    place = tmp_path / "runs" / "0-0"
+    options = made.options_of(plain).split()
+    train_imagenette.main([*options, "--seed", "0", "--out", str(place)])
+    (last,) = place.glob("*/last.pt")
+    state = load_checkpoint(last, device="cpu")
+    state["history"][0]["seconds"] = 12345.0
+    save_checkpoint(last, state)
+    assert study.train(made, plain, 0, place, print)["seconds"] > 12345
 
 
 def settings(*names, **options):
