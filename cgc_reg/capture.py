@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from cgc_reg._attention import unfused_attention
 from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
 from cgc_reg.graph import leaves, reentrant_checkpoint
@@ -26,22 +26,28 @@ from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
 _CHECKPOINTED: WeakSet[nn.Module] = WeakSet()
 # Models that run a layer without gradients, and the weights that they were seen to train all the same.
 _TRAINED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-_OWN_PASS: ContextVar[bool] = ContextVar("_OWN_PASS", default=False)
+# The pass of ours that goes on in this thread.
+_OWN_PASS: ContextVar[object] = ContextVar("_OWN_PASS", default=None)
 
 
 @contextmanager
-def own_pass() -> Iterator[None]:
-    """Mark a pass as one of ours, which nobody's loop made."""
-    token = _OWN_PASS.set(True)
+def own_pass() -> Iterator[Callable[[], bool]]:
+    """Mark a pass as one of ours, which nobody's loop made.
+
+    Yields:
+        A function that tells whether that pass is the one going on, and not one of another thread.
+    """
+    this = object()
+    token = _OWN_PASS.set(this)
     try:
-        yield
+        yield lambda: _OWN_PASS.get() is this
     finally:
         _OWN_PASS.reset(token)
 
 
 def is_own_pass() -> bool:
     """Tell whether the pass going on is one of ours."""
-    return _OWN_PASS.get()
+    return _OWN_PASS.get() is not None
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,17 @@ def forward_pass(
     """
     kept: list[Tensor] = []
     inner_outputs: list[Any] = []
-    channels_last = frozen_block = False
+    channels_last = frozen_block = without_gradients = False
 
-    def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
+    def begin(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        # Before hooks of the model's own, so that what these keep of the layer is what the gradient is taken for.
+        if not is_this_pass() or not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not is_this_pass():
+            return None
         if kept:
             raise RuntimeError(
                 f"`target_layer` must be a layer that the model calls once in a pass; got {target_layer!r}, which it "
@@ -95,11 +109,12 @@ def forward_pass(
                 f"`target_layer` must put out one floating-point tensor; got {describe(output)} from {target_layer!r}. "
                 "Name a layer inside it or behind it."
             )
-        nonlocal channels_last, frozen_block
+        nonlocal channels_last, frozen_block, without_gradients
         channels_last = is_channels_last(module, output)
-        frozen_block = not measuring and grad_enabled and not torch.is_grad_enabled()
+        without_gradients = not torch.is_grad_enabled()
+        frozen_block = not measuring and grad_enabled and without_gradients
         # From here upward the pass is differentiated twice in training, which fused attention cannot be.
-        from_the_layer_up.enter_context(sdpa_kernel(SDPBackend.MATH))
+        from_the_layer_up.enter_context(unfused_attention())
         torch.set_grad_enabled(True)
         kept.append(output if output.requires_grad else output.detach().requires_grad_())
         return kept[0].clone()
@@ -111,11 +126,12 @@ def forward_pass(
     with (
         ExitStack() as from_the_layer_up,
         cache,
-        own_pass(),
+        own_pass() as is_this_pass,
         uncompiled(model),
         extra_pass(model, bn_mode, replica=replica) as extra,
     ):
-        handles = [find_layer(inner, target_layer).register_forward_hook(keep)]
+        layer = find_layer(inner, target_layer)
+        handles = [layer.register_forward_hook(begin, prepend=True), layer.register_forward_hook(keep)]
         if isinstance(model, DistributedDataParallel):
             # Whose own output starts its synchronisation, with a static graph, at the first gradient that it sees.
             handles.append(inner.register_forward_hook(lambda module, args, output: inner_outputs.append(output)))
@@ -128,6 +144,9 @@ def forward_pass(
             for handle in handles:
                 handle.remove()
             torch.set_grad_enabled(grad_enabled)
+            for buffer in inner.buffers() if without_gradients else ():
+                if buffer.grad_fn is not None:  # updated behind the layer, where the model has gradients off
+                    buffer.detach_()
     if not kept:
         raise _not_called(inner, target_layer)
     if extra.checkpointed or (extra.without_gradients and reentrant_checkpoint(inner_logits)):

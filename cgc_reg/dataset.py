@@ -62,10 +62,19 @@ class ContrastiveTransforms:
         """
         if self.image_transform is not None:
             image = self.image_transform(image)
-        image = image.as_subclass(Tensor) if isinstance(image, Tensor) else TF.pil_to_tensor(image)
-        image = TF.convert_image_dtype(image, torch.float32)
+        try:
+            image = image.as_subclass(Tensor) if isinstance(image, Tensor) else TF.pil_to_tensor(image)
+        except TypeError:
+            raise TypeError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.") from None
         if image.ndim != 3:
             raise ValueError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.")
+        if image.dtype in (torch.int32, torch.int64):
+            raise TypeError(
+                "`image` must hold pixels from 0 to the largest of their type, or floats from 0 to 1; got "
+                f"{describe(image)}, whose range is hardly full. Convert it, such as by `image.to(torch.uint8)` or "
+                "`image / 65535`."
+            )
+        image = TF.convert_image_dtype(image, torch.float32)
         transform = self.transform.sample(1, (image.shape[1], image.shape[2]))
         view = transform(image[None], self.view_size)[0]
         if self.value_transform is not None:

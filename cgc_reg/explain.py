@@ -136,7 +136,7 @@ def explain(
     check_option("heatmap", heatmap, HEATMAPS)
     model = unwrap(model)
     with outside_inference_mode(), torch.no_grad(), evaluation_mode(model):
-        x, target = ordinary(x), ordinary(target)
+        x, target = x.clone(), ordinary(target)  # the model may change its images in place
         layer = suggest_target_layer(model, x) if target_layer is None else target_layer
         forward = forward_pass(model, x, layer, output_fn=output_fn)
         if target is None:

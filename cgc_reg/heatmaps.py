@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cgc_reg._attention import unfused_attention
 from cgc_reg._checks import check_activation, describe
 from cgc_reg._precision import at_least_float32, without_autocast
 
@@ -143,7 +143,7 @@ def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create
     # and a head that scales cosines by 64 or 100 makes them large: the factor leaves room on both sides.
     scale = 16.0 if activation.dtype is torch.float16 else 1.0
     # A checkpoint runs its part again here, and must find the attention that its first run found.
-    with torch.enable_grad(), without_autocast(activation), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), without_autocast(activation), unfused_attention():
         score = logits.gather(1, target[:, None]).sum() * scale
         if not score.requires_grad:
             return None

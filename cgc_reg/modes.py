@@ -153,10 +153,17 @@ def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of the model into evaluation mode, and each back into its own."""
+    before = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in before:
             stack.enter_context(attribute(module, "training", False))
-        yield
+        try:
+            yield
+        finally:
+            # A `train` of their own may forget what a forward has stored for evaluation, as LeViT's does.
+            for module, was in before.items():
+                if was and type(module).train is not nn.Module.train:
+                    module.train()
 
 
 @contextmanager

@@ -161,6 +161,17 @@ class CGCRegularizer(nn.Module):
         check_choice("negatives", negatives, get_args(Negatives))
         check_choice("bn_mode", bn_mode, get_args(BatchNormMode))
         check_choice("reduction", reduction, get_args(Reduction))
+        for name, function in (("output_fn", output_fn), ("reshape_transform", reshape_transform)):
+            if function is not None and not callable(function):
+                raise TypeError(f"`{name}` must be a function, or None; got {describe(function)}.")
+        for name, flag in (("detach_key", detach_key), ("gather_distributed", gather_distributed)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"`{name}` must be True or False; got {describe(flag)}.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"`generator` must be a torch.Generator, or None; got {describe(generator)}. Make one by "
+                "`torch.Generator().manual_seed(seed)`."
+            )
         if gather_distributed and loss != "info_nce":
             raise ValueError(
                 f"`gather_distributed` must be False unless `loss` is 'info_nce'; got True with loss={describe(loss)}, "
@@ -300,8 +311,9 @@ class CGCRegularizer(nn.Module):
 
         What is reused is a pass of this model over this very tensor alone, ``model(x)`` or ``model(pixel_values=x)``,
         made inside the ``with`` block with gradients on. Everything else is computed as ever: other tensors, copies of
-        x; a pass since which x, the weights or what is frozen of them, the training mode or autocast have changed
-        (``weight.data.copy_`` is a change that PyTorch shows to nobody); compiled models. The passes
+        x; a pass since which x, its output, the weights or what is frozen of them, the training mode or autocast have
+        changed, or an optimizer has made a step (``weight.data.copy_`` is a change that PyTorch shows to nobody, and
+        buffers are not looked at); compiled models. The passes
         are kept until the block ends, so open one for each step. Both lines share a graph: sum the losses before the
         backward.
 
@@ -333,7 +345,7 @@ class CGCRegularizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the passes that `reuse` keeps, for a copy made meanwhile."""
-        return {**self.__dict__, "_kept": []}
+        return {**super().__getstate__(), "_kept": []}  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""

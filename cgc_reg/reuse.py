@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
 
+from cgc_reg._attention import unfused_attention
 from cgc_reg.capture import ForwardPass, find_logits, is_own_pass
 from cgc_reg.reshape import is_channels_last
 from cgc_reg.wrappers import find_layer, is_compiled, unwrap
@@ -26,6 +28,7 @@ class KeptPass:
     layer_outputs: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     inner_output: Any = None
     output: Any = None
+    versions: list[int] = field(default_factory=list)  # of the output's tensors
 
 
 class KeptPasses:
@@ -38,7 +41,9 @@ class KeptPasses:
     def find(self, model: nn.Module, x: Tensor, output_fn: Callable[[Any], Tensor] | None) -> ForwardPass | None:
         """Return the pass of this model over this very tensor, since which nothing has changed; None without one."""
         for kept in reversed(self.passes):
-            if model is self.model and kept.x is x and kept.state == _state(model, x):
+            if model is not self.model or kept.x is not x:
+                continue
+            if kept.state == _state(model, x) and kept.versions == _versions(kept.output):
                 logits = find_logits(kept.output, output_fn, len(x))
                 inner_logits = find_logits(kept.inner_output, output_fn, len(x))
                 (layer, layer_output), *_ = kept.layer_outputs
@@ -69,6 +74,11 @@ def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
         *(module.training for module in model.modules()),
         torch.get_autocast_dtype(device) if autocast else None,
     )
+
+
+def _versions(output: Any) -> list[int]:
+    """Return what moves when a tensor of the output is changed in place."""
+    return [tensor._version for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
 
 
 class _Hook:
@@ -122,7 +132,7 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
             return None
         going[0].layer_outputs.append((module, output))
         # As in a pass of the regularizer's own: what is above the layer is differentiated twice, and may work in place.
-        above_the_layer.enter_context(sdpa_kernel(SDPBackend.MATH))
+        above_the_layer.enter_context(unfused_attention())
         return output.clone()
 
     def end_inside(module: nn.Module, args: Any, output: Any) -> None:
@@ -132,7 +142,7 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
     def end(module: nn.Module, args: Any, output: Any) -> None:
         above_the_layer.close()
         for one in going:
-            one.output = output
+            one.output, one.versions = output, _versions(output)
             if output is not None and len(one.layer_outputs) == 1:
                 kept.passes.append(one)
         going.clear()
@@ -145,6 +155,9 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
             model.register_forward_hook(_Hook(end), always_call=True),  # also when the pass raises
         ):
             hooks.callback(handle.remove)
+        # Fused optimizers change weights without moving their versions.
+        forget = register_optimizer_step_post_hook(lambda *_: kept.passes.clear())
+        hooks.callback(forget.remove)
         try:
             yield kept
         finally:

@@ -12,7 +12,7 @@ from cgc_reg._checks import check_images, describe
 from cgc_reg._precision import without_autocast_cache
 from cgc_reg.modes import evaluation_mode
 from cgc_reg.reshape import is_channels_last
-from cgc_reg.wrappers import uncompiled, unwrap
+from cgc_reg.wrappers import uncompiled, unwrap, without_compilers
 
 
 def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
@@ -55,7 +55,7 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_autocast_cache())
         stack.enter_context(uncompiled(model))
-        output = model(x)
+        output = model(x.clone())  # which it may change in place
     # Tokens inside a layer that puts out a map are that layer's own affair.
     tokens = [name for name in tokens if not any(name.startswith(f"{outer}.") for outer, _, _ in maps)]
     classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
@@ -78,4 +78,4 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
             f"`model` must have layers that put out maps (n, c, h, w); got channels last, {describe(last)}, from "
             f"{name!r} in {got}. Name a layer, and pass `reshape_transform=channels_last_to_maps`."
         )
-    return name
+    return without_compilers(name)

@@ -107,11 +107,10 @@ class SpatialTransform:
     def __len__(self) -> int:
         return len(self.theta)
 
-    def __getitem__(self, index: int | slice) -> SpatialTransform:
-        """Return one map as a batch of one, or a slice of the batch."""
-        if isinstance(index, slice):
-            return SpatialTransform(self.theta[index])
-        return SpatialTransform(self.theta[index][None])
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> SpatialTransform:
+        """Return one map as a batch of one, or those of a slice, a list or a tensor of indices, or a mask."""
+        theta = self.theta[index]
+        return SpatialTransform(theta[None] if theta.ndim == 2 else theta)
 
     def to(self, device: torch.device | str) -> SpatialTransform:
         """Return the same maps on another device."""

@@ -143,8 +143,11 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the submodule of an unwrapped model by its dotted name."""
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    while name.startswith(("module.", "_orig_mod.")) and name not in modules:
+    modules: dict[str, nn.Module] = {
+        without_compilers(name): module for name, module in model.named_modules(remove_duplicate=False)
+    }
+    name = without_compilers(name)
+    while name.startswith("module.") and name not in modules:
         name = name.partition(".")[2]
     # An average of weights, such as torch's AveragedModel, holds the model as its `module`.
     for known in (name, f"module.{name}"):
@@ -155,6 +158,11 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
         f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}. Do you mean "
         f"{' or '.join(repr(match) for match in close)}? All names: `dict(model.named_modules())`."
     )
+
+
+def without_compilers(name: str) -> str:
+    """Return a module's dotted name as it was before it, or what holds it, was compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _inside(model: nn.Module) -> nn.Module | None:

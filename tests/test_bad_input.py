@@ -233,6 +233,21 @@ def test_heatmap_of_another_shape_is_refused(returned):
         regularizer(heatmap=returned)(relu_net(), X)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator": 0}, "`generator` must be a torch.Generator, or None; got 0. Make one"),
+        ({"output_fn": "logits"}, "`output_fn` must be a function, or None; got 'logits'"),
+        ({"reshape_transform": 7}, "`reshape_transform` must be a function, or None; got 7"),
+        ({"detach_key": "no"}, "`detach_key` must be True or False; got 'no'"),
+        ({"gather_distributed": 1}, "`gather_distributed` must be True or False; got 1"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        CGCRegularizer("features", **options)
+
+
 class InPlace(nn.Module):
     """A net that normalises its images in place."""
 

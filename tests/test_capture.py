@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -386,6 +387,46 @@ def test_an_extra_pass_leaves_the_buffers_of_other_layers_alone():
     assert_same(buffers_of(model), before)
     model(X)
     assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class Measuring(nn.Module):
+    """A net that follows the mean of its features in a buffer, and uses it, where gradients are off."""
+
+    def __init__(self):
+        super().__init__()
+        net = relu_net()
+        self.features, self.head = net.features, net.head
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        with torch.no_grad():
+            maps = self.features(x)
+            self.mean.mul_(0.9).add_(maps.mean(dim=(0, 2, 3)), alpha=0.1)
+        return self.head((maps - self.mean[:, None, None]).mean(dim=(2, 3)))
+
+
+@calls
+def test_a_buffer_that_is_updated_without_gradients_stays_outside_the_graph(run):
+    model, reg = Measuring(), regularizer()
+    for _ in range(2):
+        run(reg, model).backward()
+        assert not model.mean.requires_grad
+    copy.deepcopy(model)
+
+
+def test_a_pass_of_another_thread_is_none_of_ours():
+    model, predicted = relu_net(), []
+    expected, other = compute(regularizer(), model), model(-X)
+
+    def predict_meanwhile(*args):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: predicted.append(model(-X)))
+            thread.start()
+            thread.join()
+
+    model.features[0].register_forward_hook(predict_meanwhile)
+    assert_same(compute(regularizer(), model), expected)
+    assert_same(predicted, [other, other])
 
 
 def test_a_module_in_two_places_is_one_module_in_an_extra_pass():

@@ -13,7 +13,7 @@ from networks import assert_same, buffers_of, relu_net
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer, expose_layer
+from cgc_reg import CGCRegularizer, explain, expose_layer, suggest_target_layer
 
 X = torch.randn(4, 3, 32, 32, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4])
@@ -134,6 +134,16 @@ def test_uncompiled_exposed_layer_is_the_model_itself():
     for rule in ("grad_cam", "class_activation"):
         reg = [CGCRegularizer("features", heatmap=rule, generator=generator(0)) for _ in range(2)]
         assert_same(reg[0](expose_layer(inner, "features"), X), reg[1](inner, X))
+
+
+def test_a_model_with_a_compiled_part_names_its_layers_as_if_it_were_not():
+    plain = relu_net()
+    model = copy.deepcopy(plain)
+    model.features = torch.compile(model.features, backend="eager")
+    assert suggest_target_layer(model, X) == suggest_target_layer(plain, X)
+    expected = explain(plain, X, "features.3")
+    assert_same(explain(model, X, "features.3"), expected)
+    assert_same(explain(model, X, "features._orig_mod.3"), expected)
 
 
 def test_an_in_place_layer_behind_an_exposed_one_changes_nothing():

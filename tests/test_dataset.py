@@ -245,8 +245,14 @@ def test_a_tensor_that_is_not_one_image_is_refused(shape):
         ContrastiveTransforms()(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_integers_whose_range_is_not_used_are_refused(dtype):
+    with pytest.raises(TypeError, match="`image` must hold pixels from 0 to the largest of their type"):
+        ContrastiveTransforms()(torch.full((3, 8, 8), 255, dtype=dtype))
+
+
 def test_an_array_is_refused():
-    with pytest.raises(TypeError, match="PIL Image"):
+    with pytest.raises(TypeError, match=r"`image` must be a PIL image or a tensor.*; got a numpy\.ndarray"):
         ContrastiveTransforms()(np.zeros((8, 8, 3), dtype=np.uint8))
 
 

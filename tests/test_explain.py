@@ -8,7 +8,7 @@ from networks import GapNet, LinearProbe, assert_same, buffers_of, relu_net, set
 from strategies import generator
 from torch import nn
 
-from cgc_reg import check_closed_form, explain, suggest_target_layer
+from cgc_reg import CGCRegularizer, check_closed_form, explain, grad_cam, suggest_target_layer
 from cgc_reg.explain import HEATMAPS
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
@@ -67,6 +67,35 @@ def test_model_is_left_as_found(look):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Caching(nn.Module):
+    """A net that computes its scale once for evaluation, until it is put into training again, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = relu_net().features, nn.Linear(8, 5)
+        self.scale, self.cache = nn.Parameter(torch.randn(5)), None
+
+    def train(self, mode=True):
+        if mode:
+            self.cache = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if not self.training and self.cache is None:
+            self.cache = self.scale.detach().clone()
+        return self.head(self.features(x).mean(dim=(2, 3))) * (self.scale if self.training else self.cache)
+
+
+@pytest.mark.parametrize("look", [lambda model: explain(model, X, "features"), lambda m: suggest_target_layer(m, X)])
+def test_what_a_model_stores_for_evaluation_does_not_outlive_a_look(look):
+    model = Caching()
+    look(model)
+    with torch.no_grad():
+        model.scale.normal_()
+    logits = model(X)
+    assert_same(model.eval()(X), logits)
+
+
 @pytest.mark.parametrize(
     "look", [lambda model: explain(model, X, "features"), lambda model: suggest_target_layer(model, X)]
 )
@@ -115,6 +144,49 @@ def test_explain_works_on_a_model_that_runs_its_trunk_without_gradients():
     net = relu_net()
     probe = LinearProbe(*net.features, head=net.head)
     assert_same(explain(probe, X, "features"), explain(net, X, "features"))
+
+
+class Centring(nn.Module):
+    """A net that normalises its images in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, x):
+        x -= 0.5
+        return self.net(x)
+
+
+def test_a_model_that_changes_its_images_does_so_in_a_copy():
+    model, x = Centring(), X.clone()
+    heatmaps = explain(model, x, target=torch.arange(4))
+    assert_same(heatmaps, explain(model.net, X - 0.5, "features", torch.arange(4)))
+    check_closed_form(model, x, "net.features")
+    assert_same(x, X)
+
+
+class Skipping(nn.Module):
+    """A net with a second head, on what a hook of its own keeps of its features."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.second = relu_net(), nn.Linear(8, 5)
+        self.net.features.register_forward_hook(lambda module, args, output: setattr(self, "kept", output))
+
+    def forward(self, x):
+        return self.net(x) + self.second(self.kept.amax(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_hook_of_the_models_keeps_of_the_layer_counts_too(frozen):
+    model, target = Skipping(), torch.arange(4)
+    score = model(X).gather(1, target[:, None]).sum()
+    (gradient,) = torch.autograd.grad(score, model.kept)
+    expected = grad_cam(model.kept.detach(), gradient)
+    model.net.features.requires_grad_(not frozen)
+    assert_same(explain(model, X, "net.features", target), expected)
+    assert_same(CGCRegularizer("net.features").compute(model, X, target).heatmap, expected)
 
 
 def test_explain_is_float32_under_autocast():

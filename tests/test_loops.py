@@ -307,6 +307,12 @@ def test_everything_frozen_but_the_head_trains_the_head(step):
     assert changed == {"head.weight", "head.bias"}
 
 
+def test_a_compiled_regularizer_can_be_pickled():
+    reg = CGCRegularizer("features")
+    reg.compile(backend="eager")
+    assert pickle.loads(pickle.dumps(reg)).target_layer == "features"
+
+
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda reg: pickle.loads(pickle.dumps(reg))])
 def test_a_copied_regularizer_goes_on_as_the_first(copies):
     model = relu_net()

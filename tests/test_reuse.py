@@ -270,13 +270,25 @@ def replaced(model):
     model.head.weight.data = 2 * model.head.weight.detach()
 
 
+def fused_step(model):
+    model(X)
+    model(-X).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+
+
+def masked_in_place(model):
+    model(X)[:, 1:].fill_(-10.0)
+
+
 def unfrozen(model):
     model.features[0].requires_grad_(False)
     model(X)
     model.features[0].requires_grad_(True)
 
 
-@pytest.mark.parametrize("before", [evaluated, moved, replaced, unfrozen, in_half_precision])
+@pytest.mark.parametrize(
+    "before", [evaluated, moved, replaced, unfrozen, in_half_precision, fused_step, masked_in_place]
+)
 def test_a_pass_since_which_the_model_has_changed_is_computed(before):
     model = relu_net(nn.BatchNorm2d)
     reg = regularizer()
@@ -286,6 +298,17 @@ def test_a_pass_since_which_the_model_has_changed_is_computed(before):
         loss = reg(model, X)
     assert len(passes) == 2
     assert_same(loss, regularizer()(model, X))
+
+
+def test_blocks_that_overlap_give_fused_attention_back():
+    model, kernels = relu_net(), torch.backends.cuda
+    before = [kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()]
+    first, second = CGCRegularizer("features.0"), regularizer()
+    with first.reuse(model), second.reuse(model):
+        model(X)
+        first(model, X)
+        second(model, X)
+    assert [kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()] == before
 
 
 def test_copies_made_meanwhile_are_free_of_the_block():

@@ -271,6 +271,10 @@ def test_indexing_follows_lists(t, start, stop):
     assert torch.equal(t[start:stop].theta, t.theta[start:stop])
     assert len(t[start:stop]) == len(range(len(t))[start:stop])
     assert torch.equal(t[-1].theta, t.theta[-1:])
+    order = torch.arange(len(t)).flip(0)
+    assert torch.equal(t[order].theta, t.theta[order])
+    assert torch.equal(t[order.tolist()].theta, t.theta[order])
+    assert torch.equal(t[order != 0].theta, t.theta[order != 0])
     with pytest.raises(IndexError):
         t[len(t)]
 
