@@ -41,7 +41,9 @@ def warn_if_images_mix(logits: Tensor, layer_output: Tensor, *, stacklevel: int)
         stacklevel: of the warning, as :func:`warnings.warn` counts for the caller.
     """
     for node in _nodes_between(layer_output, logits):
-        if "BatchNorm" in type(node).__name__ and getattr(node, "_saved_training", True):
+        # An InstanceNorm is the BatchNorm of a batch of one.
+        mixing = "BatchNorm" in type(node).__name__ and any(given.shape[0] > 1 for given in node._input_metadata)
+        if mixing and getattr(node, "_saved_training", True):
             warnings.warn(
                 "A BatchNorm behind `target_layer` normalises with the batch's statistics, so that the score of an "
                 "image depends on the other images, and its heatmap too. Put that BatchNorm into evaluation mode with "

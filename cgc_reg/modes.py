@@ -63,7 +63,7 @@ def norms_in_training(model: nn.Module) -> int:
 
 def _is_torchs_batch_norm(module: nn.Module) -> bool:
     """Tell whether a module heeds `track_running_stats`, which a forward of somebody's own need not."""
-    return isinstance(module, _BatchNorm) and type(module).forward.__module__.startswith("torch.")
+    return isinstance(module, _BatchNorm) and getattr(module.forward, "__module__", "").startswith("torch.")
 
 
 @contextmanager

@@ -198,7 +198,8 @@ class CGCRegularizer(nn.Module):
         self.generator = generator
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
-        self._norms_looked_at = 0  # how many BatchNorms were in training when one behind the layer was last looked for
+        # How many BatchNorms were in training when one behind the layer was last looked for.
+        self._norms_looked_at: int | None = None
         self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod

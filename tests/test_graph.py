@@ -67,6 +67,21 @@ def test_norm_that_comes_into_training_later_is_pointed_out_then():
         reg(model, X)
 
 
+class OwnNorm(nn.Module):
+    """BatchNorm by its function alone."""
+
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, training=True)
+
+
+def test_norm_that_is_no_module_of_torchs_is_pointed_out():
+    with pytest.warns(UserWarning, match="BatchNorm behind `target_layer`"):
+        regularizer("features.0")(mixing_net(OwnNorm), X)
+
+
 class Skip(nn.Module):
     """A layer `top` beside a BatchNorm, in a network that adds up both branches."""
 
@@ -108,6 +123,8 @@ def test_only_what_mixes_images_is_pointed_out():
         (mixing_net().eval(), "features.0"),
         (evaluated, "features.0"),
         (mixing_net(lambda channels: nn.GroupNorm(2, channels)), "features.0"),
+        (mixing_net(lambda channels: nn.InstanceNorm2d(channels, affine=True)), "features.0"),
+        (GapNet(nn.BatchNorm2d(3), *mixing_net(nn.InstanceNorm2d).features, head=nn.Linear(6, 5)), "features.1"),
         (mixing_net(), "features"),  # the norm is in the layer, not behind it
         (relu_net(nn.BatchNorm2d), "features"),
     ]
