@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, buffers_of, relu_net, settings_of
+from networks import InPlace, assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
 from torchvision.transforms import v2
@@ -246,18 +246,6 @@ def test_heatmap_of_another_shape_is_refused(returned):
 def test_options_of_another_type_are_refused(options, message):
     with pytest.raises(TypeError, match=message):
         CGCRegularizer("features", **options)
-
-
-class InPlace(nn.Module):
-    """A net that normalises its images in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = relu_net()
-
-    def forward(self, x):
-        x -= 0.5
-        return self.net(x)
 
 
 def test_model_that_changes_its_images_is_refused():

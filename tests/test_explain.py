@@ -4,7 +4,7 @@ import captum.attr
 import pytest
 import torch
 import torchvision
-from networks import GapNet, LinearProbe, assert_same, buffers_of, relu_net, settings_of
+from networks import GapNet, InPlace, LinearProbe, assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
@@ -146,20 +146,8 @@ def test_explain_works_on_a_model_that_runs_its_trunk_without_gradients():
     assert_same(explain(probe, X, "features"), explain(net, X, "features"))
 
 
-class Centring(nn.Module):
-    """A net that normalises its images in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = relu_net()
-
-    def forward(self, x):
-        x -= 0.5
-        return self.net(x)
-
-
 def test_a_model_that_changes_its_images_does_so_in_a_copy():
-    model, x = Centring(), X.clone()
+    model, x = InPlace(), X.clone()
     heatmaps = explain(model, x, target=torch.arange(4))
     assert_same(heatmaps, explain(model.net, X - 0.5, "features", torch.arange(4)))
     check_closed_form(model, x, "net.features")

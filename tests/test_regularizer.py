@@ -41,6 +41,7 @@ from cgc_reg import (
     mse_consistency,
 )
 from cgc_reg.explain import HEATMAPS
+from cgc_reg.heatmaps import RULES
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4])
@@ -129,7 +130,7 @@ def deep_head_net():
 @pytest.mark.parametrize("transform", [CROP, AFFINE], ids=["crop", "affine"])
 @pytest.mark.parametrize("negatives", ["keys", "official"])
 @pytest.mark.parametrize(
-    ("heatmap", "build"), [*((rule, deep_head_net) for rule in HEATMAPS[:4]), (HEATMAPS[4], relu_net)]
+    ("heatmap", "build"), [*((rule, deep_head_net) for rule in RULES), ("class_activation", relu_net)]
 )
 def test_step_equals_the_slow_one(heatmap, build, negatives, transform):
     net, x = build().double(), X.double()
