@@ -198,8 +198,8 @@ class CGCRegularizer(nn.Module):
         self.generator = generator
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
-        # How many BatchNorms were in training when one behind the layer was last looked for.
-        self._norms_looked_at: int | None = None
+        # By a model's id: how many BatchNorms were in training when one behind the layer was last looked for.
+        self._norms_looked_at: dict[int, int] = {}
         self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod
@@ -345,8 +345,8 @@ class CGCRegularizer(nn.Module):
                 self._kept.remove(kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the passes that `reuse` keeps, for a copy made meanwhile."""
-        return {**super().__getstate__(), "_kept": []}  # type: ignore[no-untyped-call]
+        """Leave out what is known of models and their passes, for a copy."""
+        return {**super().__getstate__(), "_kept": [], "_norms_looked_at": {}}  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
@@ -381,9 +381,10 @@ class CGCRegularizer(nn.Module):
             image_pass = self._pass(model, x, layer, bn_mode)
         target = _classes(image_pass.logits, target)
         heatmap = self._heatmaps(model, x, image_pass, target)
-        if torch.is_grad_enabled() and (norms := norms_in_training(model)) != self._norms_looked_at:
+        norms = norms_in_training(model)
+        if torch.is_grad_enabled() and norms != self._norms_looked_at.get(id(model)):
             warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
-            self._norms_looked_at = norms
+            self._norms_looked_at[id(model)] = norms
 
         if transform is None:
             transform = self._draw(x)

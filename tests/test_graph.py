@@ -67,6 +67,13 @@ def test_norm_that_comes_into_training_later_is_pointed_out_then():
         reg(model, X)
 
 
+def test_norm_of_a_second_model_is_pointed_out_too():
+    reg = regularizer("features.0")
+    for model in (mixing_net(), mixing_net()):
+        with pytest.warns(UserWarning, match="BatchNorm behind `target_layer`"):
+            reg(model, X)
+
+
 class OwnNorm(nn.Module):
     """BatchNorm by its function alone."""
 
