@@ -18,7 +18,7 @@ from cgc_reg._attention import unfused_attention
 from cgc_reg._checks import describe
 from cgc_reg._precision import without_autocast_cache
 from cgc_reg.graph import leaves, reentrant_checkpoint
-from cgc_reg.modes import BatchNormMode, batch_norm_mode, evaluation_mode, extra_pass
+from cgc_reg.modes import BatchNormMode, batch_norm_mode, evaluation_mode, extra_pass, take_buffers_out_of_graph
 from cgc_reg.reshape import is_channels_last
 from cgc_reg.wrappers import ExposedLayer, find_layer, uncompiled, unwrap
 
@@ -87,14 +87,15 @@ def forward_pass(
         measuring: nothing is trained by this pass, although gradients are on.
     """
     kept: list[Tensor] = []
+    fresh: list[Tensor] = []  # the layer's output without a graph, and nobody else's
     inner_outputs: list[Any] = []
     channels_last = frozen_block = without_gradients = False
 
     def begin(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        # Before hooks of the model's own, so that what these keep of the layer is what the gradient is taken for.
-        if not is_this_pass() or not isinstance(output, Tensor) or not output.is_floating_point():
+        if not is_this_pass() or not isinstance(output, Tensor) or output.requires_grad:
             return None
-        return output if output.requires_grad else output.detach().requires_grad_()
+        fresh.append(output.detach())
+        return fresh[-1]
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not is_this_pass():
@@ -116,7 +117,9 @@ def forward_pass(
         # From here upward the pass is differentiated twice in training, which fused attention cannot be.
         from_the_layer_up.enter_context(unfused_attention())
         torch.set_grad_enabled(True)
-        kept.append(output if output.requires_grad else output.detach().requires_grad_())
+        # What hooks of the model's own kept of a fresh tensor is this tensor, so that it counts too.
+        own = output.requires_grad or any(output is each for each in fresh)
+        kept.append((output if own else output.detach()).requires_grad_())
         return kept[0].clone()
 
     grad_enabled = torch.is_grad_enabled()
@@ -144,9 +147,8 @@ def forward_pass(
             for handle in handles:
                 handle.remove()
             torch.set_grad_enabled(grad_enabled)
-            for buffer in inner.buffers() if without_gradients else ():
-                if buffer.grad_fn is not None:  # updated behind the layer, where the model has gradients off
-                    buffer.detach_()
+            if without_gradients:
+                take_buffers_out_of_graph(inner)  # those that the model updates there, with gradients off
     if not kept:
         raise _not_called(inner, target_layer)
     if extra.checkpointed or (extra.without_gradients and reentrant_checkpoint(inner_logits)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,16 @@ def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         yield
     finally:
         module._buffers[name] = before
+
+
+def take_buffers_out_of_graph(model: nn.Module) -> None:
+    """Detach each buffer that has a gradient to hand on, which no buffer should."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.grad_fn is not None and buffer._is_view():  # cannot be detached in place
+                setattr(module, name, buffer.detach())
+            elif buffer.grad_fn is not None:
+                buffer.detach_()
 
 
 @dataclass
@@ -162,8 +173,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         finally:
             # A `train` of their own may forget what a forward has stored for evaluation, as LeViT's does.
             for module, was in before.items():
-                if was and type(module).train is not nn.Module.train:
+                if was and _has_train_of_its_own(module):
                     module.train()
+
+
+def _has_train_of_its_own(module: nn.Module) -> bool:
+    """Tell whether a module does more than set flags in `train(mode)`; some use that name for another thing."""
+    own = type(module).train
+    return own is not nn.Module.train and "mode" in signature(own).parameters
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,9 @@ from cgc_reg.wrappers import ExposedLayer, compiled_exposed_layer, unwrap, witho
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["info_nce", "mse_consistency"]
+
+# How many BatchNorms a model had in training when one behind a layer was last looked for.
+_NORMS_LOOKED_AT: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +202,6 @@ class CGCRegularizer(nn.Module):
         self.generator = generator
         self.output_fn = output_fn
         self.reshape_transform = reshape_transform
-        # By a model's id: how many BatchNorms were in training when one behind the layer was last looked for.
-        self._norms_looked_at: dict[int, int] = {}
         self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod
@@ -345,8 +347,8 @@ class CGCRegularizer(nn.Module):
                 self._kept.remove(kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is known of models and their passes, for a copy."""
-        return {**super().__getstate__(), "_kept": [], "_norms_looked_at": {}}  # type: ignore[no-untyped-call]
+        """Leave out the passes that `reuse` keeps, for a copy made meanwhile."""
+        return {**super().__getstate__(), "_kept": []}  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
@@ -381,10 +383,10 @@ class CGCRegularizer(nn.Module):
             image_pass = self._pass(model, x, layer, bn_mode)
         target = _classes(image_pass.logits, target)
         heatmap = self._heatmaps(model, x, image_pass, target)
-        norms = norms_in_training(model)
-        if torch.is_grad_enabled() and norms != self._norms_looked_at.get(id(model)):
+        looked_at, norms = _NORMS_LOOKED_AT.setdefault(model, {}), norms_in_training(model)
+        if torch.is_grad_enabled() and looked_at.get(layer) != norms:
             warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
-            self._norms_looked_at[id(model)] = norms
+            looked_at[layer] = norms
 
         if transform is None:
             transform = self._draw(x)

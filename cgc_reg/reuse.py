@@ -78,7 +78,8 @@ def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
 
 def _versions(output: Any) -> list[int]:
     """Return what moves when a tensor of the output is changed in place."""
-    return [tensor._version for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    return [tensor._version for tensor in tensors]
 
 
 class _Hook:

@@ -390,18 +390,20 @@ def test_an_extra_pass_leaves_the_buffers_of_other_layers_alone():
 
 
 class Measuring(nn.Module):
-    """A net that follows the mean of its features in a buffer, and uses it, where gradients are off."""
+    """A net that follows its features in buffers, and uses their mean, where gradients are off."""
 
     def __init__(self):
         super().__init__()
         net = relu_net()
         self.features, self.head = net.features, net.head
         self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("last", torch.zeros(8, 4, 4))
 
     def forward(self, x):
         with torch.no_grad():
             maps = self.features(x)
             self.mean.mul_(0.9).add_(maps.mean(dim=(0, 2, 3)), alpha=0.1)
+            self.last = maps[-1]
         return self.head((maps - self.mean[:, None, None]).mean(dim=(2, 3)))
 
 
@@ -411,6 +413,7 @@ def test_a_buffer_that_is_updated_without_gradients_stays_outside_the_graph(run)
     for _ in range(2):
         run(reg, model).backward()
         assert not model.mean.requires_grad
+        assert not model.last.requires_grad
     copy.deepcopy(model)
 
 

@@ -1,5 +1,7 @@
 """Heatmaps for looking at, the suggested layer, and the check of the closed form."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import captum.attr
 import pytest
 import torch
@@ -96,6 +98,17 @@ def test_what_a_model_stores_for_evaluation_does_not_outlive_a_look(look):
     assert_same(model.eval()(X), logits)
 
 
+class Trainer(Caching):
+    """A net whose `train` is the training itself."""
+
+    def train(self, epochs):
+        raise AssertionError("was trained")
+
+
+def test_a_train_that_is_no_switch_is_left_alone():
+    assert explain(Trainer(), X, "features").isfinite().all()
+
+
 @pytest.mark.parametrize(
     "look", [lambda model: explain(model, X, "features"), lambda model: suggest_target_layer(model, X)]
 )
@@ -175,6 +188,25 @@ def test_what_a_hook_of_the_models_keeps_of_the_layer_counts_too(frozen):
     model.net.features.requires_grad_(not frozen)
     assert_same(explain(model, X, "net.features", target), expected)
     assert_same(CGCRegularizer("net.features").compute(model, X, target).heatmap, expected)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_hook_of_the_models_on_a_frozen_layer_may_work_in_place(gradients):
+    model = relu_net()
+    model.features.requires_grad_(False).register_forward_hook(lambda module, args, output: output.mul_(2))
+    with torch.set_grad_enabled(gradients):
+        heatmap = CGCRegularizer("features").compute(model, X).heatmap
+    assert_same(heatmap, explain(model, X, "features"))
+
+
+def test_threads_may_look_at_one_model():
+    model, flash = relu_net().eval(), torch.backends.cuda.flash_sdp_enabled()
+    images = [X + i for i in range(4)]
+    expected = [explain(model, x, "features") for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: explain(model, x, "features"), images * 10))
+    assert_same(found, expected * 10)
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
 
 
 def test_explain_is_float32_under_autocast():

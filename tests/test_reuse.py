@@ -329,6 +329,30 @@ def test_copies_made_meanwhile_are_free_of_the_block():
     assert trace() is None
 
 
+class Aside(nn.Module):
+    """A net that puts out a tensor of inference mode beside its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, x):
+        with torch.inference_mode():
+            aside = x.mean()
+        return self.net(x), aside
+
+
+def test_a_pass_with_an_inference_tensor_beside_the_logits_is_reused():
+    model = Aside()
+    reg, single = (CGCRegularizer("net.features", generator=generator(0)) for _ in range(2))
+    with reg.reuse(model):
+        model(X)
+        passes = counted(model.net)
+        loss = reg(model, X)
+    assert len(passes) == 1
+    assert_same(loss, single(model, X))
+
+
 def test_inference_tensors_are_computed():
     model, reg = relu_net(), regularizer()
     with torch.inference_mode():
