@@ -53,6 +53,24 @@ def check_option(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"`{name}` must be one of {listed}, or a function; got {describe(value)}.")
 
 
+def check_function(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"`{name}` must be a function, or None; got {describe(value)}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False; got {describe(value)}.")
+
+
+def check_generator(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(
+            f"`{name}` must be a torch.Generator, or None; got {describe(value)}. Make one by "
+            "`torch.Generator().manual_seed(seed)`."
+        )
+
+
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

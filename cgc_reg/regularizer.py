@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from cgc_reg._checks import (
     check_choice,
+    check_flag,
+    check_function,
+    check_generator,
     check_images,
     check_option,
     check_positive,
@@ -165,17 +168,11 @@ class CGCRegularizer(nn.Module):
         check_choice("negatives", negatives, get_args(Negatives))
         check_choice("bn_mode", bn_mode, get_args(BatchNormMode))
         check_choice("reduction", reduction, get_args(Reduction))
-        for name, function in (("output_fn", output_fn), ("reshape_transform", reshape_transform)):
-            if function is not None and not callable(function):
-                raise TypeError(f"`{name}` must be a function, or None; got {describe(function)}.")
-        for name, flag in (("detach_key", detach_key), ("gather_distributed", gather_distributed)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"`{name}` must be True or False; got {describe(flag)}.")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"`generator` must be a torch.Generator, or None; got {describe(generator)}. Make one by "
-                "`torch.Generator().manual_seed(seed)`."
-            )
+        check_flag("detach_key", detach_key)
+        check_flag("gather_distributed", gather_distributed)
+        check_generator("generator", generator)
+        check_function("output_fn", output_fn)
+        check_function("reshape_transform", reshape_transform)
         if gather_distributed and loss != "info_nce":
             raise ValueError(
                 f"`gather_distributed` must be False unless `loss` is 'info_nce'; got True with loss={describe(loss)}, "
