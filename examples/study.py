@@ -61,6 +61,10 @@ class Results:
         rows = (row for row in self.rows + self.others if row["seed"] == seed)
         return next((row["found"] for row in rows if decisive(row["options"]) == wanted), None)
 
+    def minutes(self) -> float:
+        """Return how long the trainings in the file took together, evaluation included."""
+        return sum(row["seconds"] for row in self.rows) / 60
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -147,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         run_study(study, results, args.out / args.study.stem, seeds=args.seeds or study.seeds, jobs=args.jobs)
     runs = runs_of(study, results)
     print(study_report(study, runs))
+    print(f"\n{len(results.rows)} trainings of one thread, {results.minutes():.0f} minutes one after the other.")
     if args.picture:
         figure = draw_study(study, runs)
         write_whole(args.picture, lambda path: figure.savefig(path, format="png", dpi=120))

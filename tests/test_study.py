@@ -66,6 +66,8 @@ def test_study_makes_each_training_once(tiny, tmp_path, capsys):
     both = (tmp_path / "results" / "tiny.jsonl").read_text()
     assert both.startswith(first)
     rows = [json.loads(line) for line in both.splitlines()]
+    minutes = sum(row["seconds"] for row in rows) / 60
+    assert f"4 trainings of one thread, {minutes:.0f} minutes one after the other." in report
     assert sorted((row["setting"], row["seed"]) for row in rows) == [("CGC", 0), ("CGC", 1), ("plain", 0), ("plain", 1)]
     assert "over 2 seeds" in report
     values = [row["found"]["cgc"] for row in rows if row["setting"] == "CGC"]
