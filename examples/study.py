@@ -111,7 +111,7 @@ def run_study(study: Study, results: Results, folder: Path, *, seeds: list[int],
     """Make the trainings that have no result yet, seed after seed."""
     todo = [
         (setting, seed)
-        for seed, setting in product(seeds, study.settings)
+        for seed, setting in product(seeds, reversed(study.settings))  # the last settings take longest
         if results.find(study.options_of(setting), seed) is None
     ]
     with tqdm(total=len(todo), desc="trainings", unit="training") as bar:
