@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         run_study(study, results, args.out / args.study.stem, seeds=args.seeds or study.seeds, jobs=args.jobs)
     runs = runs_of(study, results)
     print(study_report(study, runs))
-    print(f"\n{len(results.rows)} trainings of one thread, {results.minutes():.0f} minutes one after the other.")
+    print(f"\n{len(results.rows)} trainings of one thread, {results.minutes():.0f} min one after the other.")
     if args.picture:
         figure = draw_study(study, runs)
         write_whole(args.picture, lambda path: figure.savefig(path, format="png", dpi=120))

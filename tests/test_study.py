@@ -67,7 +67,7 @@ def test_study_makes_each_training_once(tiny, tmp_path, capsys):
     assert both.startswith(first)
     rows = [json.loads(line) for line in both.splitlines()]
     minutes = sum(row["seconds"] for row in rows) / 60
-    assert f"4 trainings of one thread, {minutes:.0f} minutes one after the other." in report
+    assert f"4 trainings of one thread, {minutes:.0f} min one after the other." in report
     assert sorted((row["setting"], row["seed"]) for row in rows) == [("CGC", 0), ("CGC", 1), ("plain", 0), ("plain", 1)]
     assert "over 2 seeds" in report
     values = [row["found"]["cgc"] for row in rows if row["setting"] == "CGC"]
@@ -190,3 +190,10 @@ def test_documentation_holds_the_report_of_each_study(path):
     report = study_report.study_report(made, study.runs_of(made, results))
     pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
     assert [line for line in report.splitlines() if line.startswith("|") and line not in pages] == []
+
+
+def test_unknown_option_in_a_study_is_named_as_one_of_the_training(tmp_path, capsys):
+    (tmp_path / "bad.toml").write_text(TINY.replace("--lam 0.5", "--lambda 0.5"))
+    with pytest.raises(SystemExit):
+        study.main([str(tmp_path / "bad.toml"), "--out", str(tmp_path / "runs")])
+    assert "train_imagenette.py: error: unrecognized arguments: --lambda 0.5" in capsys.readouterr().err
