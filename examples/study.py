@@ -62,7 +62,7 @@ class Results:
         return next((row["found"] for row in rows if decisive(row["options"]) == wanted), None)
 
     def minutes(self) -> float:
-        """Return how long the trainings in the file took together, evaluation included."""
+        """Return how long the study's own trainings took one after the other, evaluation included."""
         return sum(row["seconds"] for row in self.rows) / 60
 
 
@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         run_study(study, results, args.out / args.study.stem, seeds=args.seeds or study.seeds, jobs=args.jobs)
     runs = runs_of(study, results)
     print(study_report(study, runs))
-    print(f"\n{len(results.rows)} trainings of one thread, {results.minutes():.0f} min one after the other.")
+    if results.rows:
+        print(f"\n{len(results.rows)} trainings of its own, one thread each: {results.minutes():.0f} min in sequence.")
     if args.picture:
         figure = draw_study(study, runs)
         write_whole(args.picture, lambda path: figure.savefig(path, format="png", dpi=120))

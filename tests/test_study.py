@@ -59,6 +59,8 @@ def tiny(tmp_path):
 
 def test_study_makes_each_training_once(tiny, tmp_path, capsys):
     command = [str(tiny), "--out", str(tmp_path / "runs"), "--picture", str(tmp_path / "picture.png")]
+    study.main([str(tiny), "--report"])
+    assert capsys.readouterr().out == "There are no results yet.\n"
     study.main([*command, "--seeds", "0"])
     first = (tmp_path / "results" / "tiny.jsonl").read_text()
     study.main(command)
@@ -67,7 +69,7 @@ def test_study_makes_each_training_once(tiny, tmp_path, capsys):
     assert both.startswith(first)
     rows = [json.loads(line) for line in both.splitlines()]
     minutes = sum(row["seconds"] for row in rows) / 60
-    assert f"4 trainings of one thread, {minutes:.0f} min one after the other." in report
+    assert f"4 trainings of its own, one thread each: {minutes:.0f} min in sequence." in report
     assert sorted((row["setting"], row["seed"]) for row in rows) == [("CGC", 0), ("CGC", 1), ("plain", 0), ("plain", 1)]
     assert "over 2 seeds" in report
     values = [row["found"]["cgc"] for row in rows if row["setting"] == "CGC"]
