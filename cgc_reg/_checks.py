@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -71,12 +71,12 @@ def check_generator(name: str, value: object) -> None:
         )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_positive(name: str, value: object) -> None:
-    if not is_number(value) or value <= 0:  # type: ignore[operator]  # is_number says that it is one
+    if not is_number(value) or value <= 0:
         raise ValueError(f"`{name}` must be a positive number; got {describe(value)}.")
 
 
@@ -151,10 +151,10 @@ def check_maps(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be floating-point heatmaps of shape (n, h, w); got {describe(value)}.")
 
 
-def check_pair(query: object, key: object) -> None:
+def check_pair(query: Any, key: Any) -> None:
     check_maps("query", query)
     check_maps("key", key)
-    if query.shape != key.shape:  # type: ignore[attr-defined]  # check_maps says that both are tensors
+    if query.shape != key.shape:
         raise ValueError(f"`query` and `key` must have one shape; got {describe(query)} and {describe(key)}.")
 
 

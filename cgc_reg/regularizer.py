@@ -345,7 +345,7 @@ class CGCRegularizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the passes that `reuse` keeps, for a copy made meanwhile."""
-        return {**super().__getstate__(), "_kept": []}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_kept": []}  # type: ignore[no-untyped-call]  # of torch
 
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""

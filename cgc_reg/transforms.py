@@ -186,9 +186,8 @@ def _source_pixels(theta: Tensor, source: tuple[int, int], size: tuple[int, int]
 
     Offsets from the centre are half-integers, so flips and the identity land on pixels exactly.
     """
-    options = {"device": theta.device, "dtype": theta.dtype}
-    v = (torch.arange(size[0], **options) + (0.5 - size[0] / 2))[None, :, None]  # type: ignore[call-overload]
-    u = (torch.arange(size[1], **options) + (0.5 - size[1] / 2))[None, None, :]  # type: ignore[call-overload]
+    v, u = [torch.arange(n, device=theta.device, dtype=theta.dtype) + (0.5 - n / 2) for n in size]
+    v, u = v[None, :, None], u[None, None, :]
     position = []
     for row, extent in ((theta[:, 0, :, None, None], source[1]), (theta[:, 1, :, None, None], source[0])):
         a, b, shift = row.unbind(dim=1)
@@ -440,7 +439,7 @@ class RandomAffine:
 
 def _symmetric_range(name: str, value: object) -> tuple[float, float]:
     if is_number(value):
-        if value < 0:  # type: ignore[operator]  # is_number says that it is one
+        if value < 0:
             raise ValueError(f"`{name}` must not be negative when it is one number; got {describe(value)}.")
-        return -float(value), float(value)  # type: ignore[arg-type]
+        return -float(value), float(value)
     return check_range(name, value)

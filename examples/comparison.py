@@ -46,7 +46,7 @@ def written(values: Mapping[str, float]) -> dict[str, str]:
 
 def examples_of(dataset: Dataset[tuple[Tensor, ...]], count: int) -> Tensor:
     """Take images from all over a data set, (n, 3, H, W)."""
-    length = len(dataset)  # type: ignore[arg-type]
+    length = len(dataset)  # type: ignore[arg-type]  # torch gives a Dataset no length
     places = torch.linspace(0, length - 1, min(count, length)).long().tolist()
     return torch.stack([dataset[i][0] for i in places])
 

@@ -627,9 +627,10 @@ def test_whole_numbers_give_float32_maps_and_float64_stays(image_size, data):
 
 THETA = IDENTITY.theta
 ONE, TWO = torch.tensor([1.0]), torch.tensor([1.0, 2.0])
+UNFLIPPED = torch.tensor([False])
 
 
-def from_crop(top=ONE, left=ONE, height=ONE, width=ONE, flip=torch.tensor([False]), image_size=(4, 4)):  # noqa: B008
+def from_crop(top=ONE, left=ONE, height=ONE, width=ONE, flip=UNFLIPPED, image_size=(4, 4)):
     return SpatialTransform.from_crop(top, left, height, width, flip, image_size=image_size)
 
 
