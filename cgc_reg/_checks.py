@@ -127,23 +127,6 @@ def check_sampler(name: str, value: object) -> None:
         )
 
 
-def check_target(name: str, target: object, batch_size: int, classes: int | None = None) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"`{name}` must be a tensor of class indices (n,); got {describe(target)}.")
-    if target.shape != (batch_size,):
-        raise ValueError(
-            f"`{name}` must hold one class index per image, shape ({batch_size},); got {describe(target)}."
-        )
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype is torch.bool:
-        raise TypeError(f"`{name}` must hold integer class indices; got {describe(target)}. Convert with `.long()`.")
-    if classes is not None and target.device.type == "cpu" and batch_size:  # reading it on a GPU would make that wait
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"`{name}` must hold classes from 0 to {classes - 1}, as many as the logits; got {low} to {high}."
-            )
-
-
 def check_maps(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor of heatmaps (n, h, w); got {describe(value)}.")

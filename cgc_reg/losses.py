@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cgc_reg._checks import check_choice, check_pair, check_positive
+from cgc_reg._gather import gather
 from cgc_reg._precision import at_least_float32, without_autocast
-from cgc_reg.distributed import gather
 
 Negatives = Literal["keys", "official"]
 Reduction = Literal["mean", "sum", "none"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cgc_reg.heatmaps import hires_cam
 from cgc_reg.losses import mse_consistency
+from cgc_reg.rules import hires_cam
 
 IMAGE_SIZE = (224, 224)
 

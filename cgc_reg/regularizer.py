@@ -1,52 +1,43 @@
-"""The regularizer: its options, and the order of the steps."""
+"""The regularizer: its options, and the equation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from typing_extensions import Self, override
 
 from cgc_reg._checks import (
     check_choice,
     check_flag,
-    check_function,
     check_generator,
     check_images,
     check_option,
     check_positive,
     check_sampler,
     check_size,
-    check_target,
     describe,
 )
 from cgc_reg._precision import without_autocast
-from cgc_reg.capture import ForwardPass, exposed_pass, forward_pass
-from cgc_reg.distributed import is_sharded, reach_all_parameters, warn_if_bypassed
-from cgc_reg.explain import HEATMAPS, heatmaps_of
-from cgc_reg.graph import check_trainable, warn_if_images_mix
-from cgc_reg.heatmaps import HeatmapRule
+from cgc_reg._targets import Target, as_target
+from cgc_reg.explainers import AtLayer, LayerExplainer, as_explainer, explained
+from cgc_reg.explanation import Explainer, Explanation
 from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
-from cgc_reg.modes import BatchNormMode, norms_in_training, ordinary, outside_inference_mode, without_broadcast
+from cgc_reg.model.extra import extra_pass
+from cgc_reg.model.inference import ordinary, outside_inference_mode
+from cgc_reg.model.statistics import BatchNormMode
+from cgc_reg.model.wrappers import inside_data_parallel
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
-from cgc_reg.reuse import KeptPasses, keep_passes
-from cgc_reg.suggest import suggest_target_layer
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
-from cgc_reg.wrappers import ExposedLayer, compiled_exposed_layer, unwrap, without_compilation
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["info_nce", "mse_consistency"]
-
-# How many BatchNorms a model had in training when one behind a layer was last looked for.
-_NORMS_LOOKED_AT: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +50,7 @@ class CGCOutput:
         view_logits: of the views T(x), (n, k).
         view: T(x), (n, c, H, W).
         transform: T.
-        target: class whose heatmaps were compared, (n,).
+        target: what the heatmaps that were compared explain: classes (n,), or weights of the scores (n, k).
         heatmap: g(x), (n, h, w), for looking at and for measures such as :func:`content_heatmap`.
         query: T(g(x)), (n, h, w), zero where T(x) shows nothing of x.
         key: g(T(x)), (n, h, w), zero there too.
@@ -94,13 +85,9 @@ class CGCRegularizer(nn.Module):
     was found, except that :meth:`compute`'s pass over x updates BatchNorm's running statistics, as the step's own.
 
     Args:
-        target_layer: dotted name of the layer g looks at, as in ``model.named_modules()``: the last one with a map,
-            ``"layer4"`` in a ResNet. None: that of :func:`suggest_target_layer`, found at the first call.
+        explainer: g, such as ``GradCAM("layer4")``, or any :class:`Explainer`. A layer's name is short for its
+            :class:`GradCAM`; None for that of :func:`suggest_target_layer`, found at the first call.
         transform: draws T: :class:`RandomResizedCropFlip`, :class:`RandomAffine`, or anything with their ``sample``.
-        heatmap: the rule of g: ``"grad_cam"``, ``"hires_cam"``, ``"layer_cam"``, ``"positive_grad_cam"``,
-            ``"class_activation"`` (see :func:`check_closed_form`), or a function from activation and gradient,
-            (n, c, h, w), to heatmaps (n, h, w).
-        head: dotted name of the linear layer that ``"class_activation"`` reads; None: the only one that fits.
         loss: ``"info_nce"`` as above; ``"mse_consistency"``, without negatives; or a function from query and key,
             (n, h, w), masked and not normalised, to a loss: a scalar, or (n,) to be reduced.
         temperature: tau, of ``"info_nce"``.
@@ -115,9 +102,6 @@ class CGCRegularizer(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
         gather_distributed: of ``"info_nce"``: contrast against the keys of all processes.
         generator: source of randomness of T; torch's global one if None.
-        output_fn: from the model's output to logits (n, k); by default the output itself, its ``logits``, or the only
-            tensor of that shape in a tuple.
-        reshape_transform: from the layer's output to (n, c, h, w), for tokens or channels last.
 
     Raises:
         ValueError, TypeError: an option is unknown or out of range.
@@ -136,11 +120,9 @@ class CGCRegularizer(nn.Module):
 
     def __init__(
         self,
-        target_layer: str | None,
+        explainer: Explainer | str | None,
         *,
         transform: TransformSampler | None = None,
-        heatmap: str | HeatmapRule = "grad_cam",
-        head: str | None = None,
         loss: LossName | PairLoss = "info_nce",
         temperature: float = 0.5,
         negatives: Negatives = "keys",
@@ -151,18 +133,10 @@ class CGCRegularizer(nn.Module):
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         generator: torch.Generator | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        reshape_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if target_layer is not None and (not isinstance(target_layer, str) or not target_layer):
-            raise ValueError(
-                f"`target_layer` must be the dotted name of a layer, or None; got {describe(target_layer)}. Names: "
-                "`dict(model.named_modules())`."
-            )
         transform = RandomResizedCropFlip() if transform is None else transform
         check_sampler("transform", transform)
-        check_option("heatmap", heatmap, HEATMAPS)
         check_option("loss", loss, get_args(LossName))
         check_positive("temperature", temperature)
         check_choice("negatives", negatives, get_args(Negatives))
@@ -171,22 +145,13 @@ class CGCRegularizer(nn.Module):
         check_flag("detach_key", detach_key)
         check_flag("gather_distributed", gather_distributed)
         check_generator("generator", generator)
-        check_function("output_fn", output_fn)
-        check_function("reshape_transform", reshape_transform)
         if gather_distributed and loss != "info_nce":
             raise ValueError(
                 f"`gather_distributed` must be False unless `loss` is 'info_nce'; got True with loss={describe(loss)}, "
                 "which has no negatives to gather."
             )
-        if head is not None and heatmap != "class_activation":
-            raise ValueError(
-                f"`head` must be None unless `heatmap` is 'class_activation', which alone reads it; got {head!r} with "
-                f"heatmap={describe(heatmap)}."
-            )
-        self.target_layer = target_layer
+        self.explainer = as_explainer(explainer)
         self.transform = transform
-        self.heatmap = heatmap
-        self.head = head
         self.loss = loss
         self.temperature = temperature
         self.negatives = negatives
@@ -197,14 +162,11 @@ class CGCRegularizer(nn.Module):
         self.reduction = reduction
         self.gather_distributed = gather_distributed
         self.generator = generator
-        self.output_fn = output_fn
-        self.reshape_transform = reshape_transform
-        self._kept: list[KeptPasses] = []  # while `reuse` lasts
 
     @classmethod
     def official(
         cls,
-        target_layer: str | None,
+        explainer: Explainer | str | None,
         *,
         temperature: float = 0.5,
         loss: LossName = "info_nce",
@@ -214,23 +176,23 @@ class CGCRegularizer(nn.Module):
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         generator: torch.Generator | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        reshape_transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> CGCRegularizer:
+    ) -> Self:
         """Make a regularizer that computes what the authors' code computes.
 
         It differs from the paper's equation: HiResCAM instead of Grad-CAM; negatives seen from the key; heatmaps
         enlarged to 224 x 224 with a floor of 1e-8; and ``"mse_consistency"`` is a mean over pixels. The arguments are
-        those of the class.
+        those of the class, but that a layer's name is short for ``LayerExplainer(name, official_heatmap)``, with the
+        rule of ``cgc_reg.official``.
 
         Example:
             >>> reg = CGCRegularizer.official("layer4")
         """
         check_choice("loss", loss, get_args(LossName))
+        if explainer is None or isinstance(explainer, str):
+            explainer = LayerExplainer(explainer, official_heatmap)
         return cls(
-            target_layer,
+            explainer,
             transform=transform,
-            heatmap=official_heatmap,
             loss=official_mse if loss == "mse_consistency" else loss,
             temperature=temperature,
             negatives="official",
@@ -240,22 +202,23 @@ class CGCRegularizer(nn.Module):
             reduction=reduction,
             gather_distributed=gather_distributed,
             generator=generator,
-            output_fn=output_fn,
-            reshape_transform=reshape_transform,
         )
 
     if TYPE_CHECKING:
 
-        def __call__(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
+        def __call__(self, model: nn.Module, x: Tensor, target: Target | None = None) -> Tensor:
             """Say to type checkers, for whom calling a module takes and returns anything, what forward does."""
 
-    def forward(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
+    @outside_inference_mode()
+    @override
+    def forward(self, model: nn.Module, x: Tensor, target: Target | None = None) -> Tensor:
         """Return L_CGC for a loop that runs the model on x itself.
 
         Args:
             model: the model being trained, wrapped or not.
             x: images (n, c, h, w), as the model takes them, n >= 2.
-            target: class whose heatmaps to compare, (n,); the predicted one if None.
+            target: what the heatmaps explain: classes (n,), one for all, or weights of the scores (n, k); the
+                predicted class if None.
 
         Returns:
             A scalar, or (n,) for ``reduction="none"``.
@@ -264,19 +227,15 @@ class CGCRegularizer(nn.Module):
             ValueError, TypeError: an argument is not as described.
             RuntimeError: the layer was not called, or its heatmap cannot be trained on.
         """
-        image_pass = self._kept_pass(model, x)
-        if self._exposed(model) is None:
-            model = without_compilation(model, stacklevel=4)
-        # The pass over x goes through DistributedDataParallel, which arms its synchronisation of gradients.
-        with outside_inference_mode(), without_broadcast(model):
-            out = self._step(model, x, target, None, None, bn_mode=self.bn_mode, stacklevel=4, image_pass=image_pass)
-        return out.loss
+        has_pass = isinstance(self.explainer, AtLayer) and self.explainer.reuses(model, x)
+        return self._step(self._g if has_pass else self._g_of_extra_pass, model, x, target).loss
 
+    @outside_inference_mode()
     def compute(
         self,
         model: nn.Module,
         x: Tensor,
-        target: Tensor | None = None,
+        target: Target | None = None,
         view: Tensor | None = None,
         transform: SpatialTransform | None = None,
     ) -> CGCOutput:
@@ -299,29 +258,19 @@ class CGCRegularizer(nn.Module):
             >>> out = CGCRegularizer("layer4").compute(model, x)
             >>> loss = F.cross_entropy(out.logits, y) + 0.5 * out.loss
         """
-        with outside_inference_mode():
-            if self._exposed(model) is None:
-                model = without_compilation(model, stacklevel=2)
-            warn_if_bypassed(model, stacklevel=2)
-            return self._step(model, x, target, view, transform, bn_mode="update", stacklevel=2)
+        return self._step(self._g, model, x, target, view, transform)
 
-    @contextmanager
-    def reuse(self, model: nn.Module) -> Iterator[None]:
+    def reuse(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let ``reg(model, x)`` use the loop's own pass over x: two passes a step, with both lines as they are.
 
-        What is reused is a pass of this model over this very tensor alone, ``model(x)`` or ``model(pixel_values=x)``,
-        made inside the ``with`` block with gradients on. Everything else is computed as ever: other tensors, copies of
-        x; a pass since which x, its output, the weights or what is frozen of them, the training mode or autocast have
-        changed, or an optimizer has made a step (``weight.data.copy_`` is a change that PyTorch shows to nobody, and
-        buffers are not looked at); compiled models. The passes
-        are kept until the block ends, so open one for each step. Both lines share a graph: sum the losses before the
-        backward.
+        What is reused, and what is computed as ever, stands at :meth:`GradCAM.reuse`.
 
         Args:
             model: the model being trained, wrapped or not.
 
         Raises:
-            ValueError: ``target_layer`` is None, so that the layer is not known before the pass.
+            ValueError: the explainer's ``target_layer`` is None, so that the layer is not known before the pass.
+            TypeError: the explainer is one of your own, which makes its pass itself.
 
         Example:
             >>> model = torchvision.models.resnet18(num_classes=10)
@@ -331,140 +280,93 @@ class CGCRegularizer(nn.Module):
             ...     loss = F.cross_entropy(model(x), y) + 0.5 * reg(model, x)
             >>> loss.backward()
         """
-        if self.target_layer is None:
-            raise ValueError(
-                "`target_layer` must be named to reuse passes, since the layer is watched from the first one on; got "
-                "None. Pass `suggest_target_layer(model, x)`."
+        if not isinstance(self.explainer, AtLayer):
+            raise TypeError(
+                "`reuse` must be used with an explainer of one layer, such as GradCAM; got "
+                f"{describe(self.explainer)}, which makes its passes itself. Call `compute`."
             )
-        with keep_passes(model, self.target_layer) as kept:
-            self._kept.append(kept)
-            try:
-                yield
-            finally:
-                self._kept.remove(kept)
+        return self.explainer.reuse(model)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the passes that `reuse` keeps, for a copy made meanwhile."""
-        return {**super().__getstate__(), "_kept": []}  # type: ignore[no-untyped-call]  # of torch
-
+    @override
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
-        options = {
-            name: getattr(self, name)
-            for name in ("transform", "heatmap", "loss", "temperature", "negatives", "bn_mode")
-        }
-        return ", ".join([repr(self.target_layer), *(f"{name}={value!r}" for name, value in options.items())])
+        options = {name: getattr(self, name) for name in ("transform", "loss", "temperature", "negatives", "bn_mode")}
+        return ", ".join([repr(self.explainer), *(f"{name}={value!r}" for name, value in options.items())])
 
     def _step(
         self,
+        g: Callable[[nn.Module, Tensor, Tensor | None], Explanation],
         model: nn.Module,
         x: Tensor,
-        target: Tensor | None,
-        view: Tensor | None,
-        transform: SpatialTransform | None,
-        *,
-        bn_mode: BatchNormMode,
-        stacklevel: int,
-        image_pass: ForwardPass | None = None,
+        target: Target | None,
+        view: Tensor | None = None,
+        transform: SpatialTransform | None = None,
     ) -> CGCOutput:
-        x, target, view = (ordinary(tensor) for tensor in (x, target, view))
-        _check_inputs(x, target, view, transform)
+        """Compute the equation.
+
+        Args:
+            g: makes the pass over x; that over the view is always an extra one.
+            model, x, target, view, transform: as for :meth:`compute`.
+        """
+        x, view = ordinary(x), ordinary(view)
+        _check_inputs(x, view, transform)
         if self.loss == "info_nce" and not self.gather_distributed:
             check_negatives(len(x))  # before the model runs and updates its statistics
-        sharded = is_sharded(model)
-        if sharded and torch.is_grad_enabled():
-            self._check_closed_form()
-        layer = self._layer(model, x)
+        target = as_target(ordinary(target), len(x), x.device)
+        if isinstance(self.explainer, AtLayer):
+            self.explainer = self.explainer.with_layer(model, x)
 
-        if image_pass is None:
-            image_pass = self._pass(model, x, layer, bn_mode)
-        target = _classes(image_pass.logits, target)
-        heatmap = self._heatmaps(model, x, image_pass, target)
-        looked_at, norms = _NORMS_LOOKED_AT.setdefault(model, {}), norms_in_training(model)
-        if torch.is_grad_enabled() and looked_at.get(layer) != norms:
-            warn_if_images_mix(image_pass.inner_logits, image_pass.layer_output, stacklevel=stacklevel + 1)
-            looked_at[layer] = norms
-
+        image = g(model, x, target)
         if transform is None:
             transform = self._draw(x)
         if view is None:
             view = transform(x, self.view_size)
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
         with torch.no_grad() if self.detach_key else nullcontext():
-            view_pass = self._pass(inner, view, layer, self.bn_mode)
-            key = self._heatmaps(model, view, view_pass, target)
+            seen = self._g_of_extra_pass(inside_data_parallel(model), view, image.target)
 
-        query = transform(heatmap, (key.shape[1], key.shape[2]))
-        coverage = transform.coverage((key.shape[1], key.shape[2]))
-        query, key = query * coverage, key * coverage
+        size = (seen.heatmap.shape[1], seen.heatmap.shape[2])
+        coverage = transform.coverage(size)
+        query = transform(image.heatmap, size) * coverage
+        key = seen.heatmap * coverage
         loss = self._loss(query, key)
+        return CGCOutput(
+            loss=loss,
+            logits=image.logits,
+            view_logits=seen.logits,
+            view=view,
+            transform=transform,
+            target=image.target,
+            heatmap=image.heatmap,
+            query=query,
+            key=key,
+            scalars={"loss": loss.detach().mean(), **consistency(query, key)},
+            output=image.output,
+        )
 
-        logits, view_logits, output = image_pass.logits, view_pass.logits, image_pass.output
-        trains = torch.is_grad_enabled() and check_trainable(query, image_pass.layer_output, unwrap(model))
-        if trains and not self.detach_key:
-            check_trainable(key, view_pass.layer_output, unwrap(model))
-        if trains and not loss.requires_grad:
-            raise RuntimeError(
-                "`loss` must return a tensor in the graph of query and key; got one without, which would train "
-                "nothing. Remove `detach`, `no_grad` or conversions to numbers from it; measures such as `consistency` "
-                "are detached, and no loss."
-            )
-        if trains and (sharded or isinstance(model, DistributedDataParallel)) and logits.requires_grad:
-            loss = reach_all_parameters(loss, logits)
-        if not trains:
-            # Under `no_grad`, and in a model without anything to train, a pass still builds a graph from the layer
-            # upward, for the inner gradient. A loss in it would have a backward that does nothing, in silence.
-            loss, logits, heatmap, query = (tensor.detach() for tensor in (loss, logits, heatmap, query))
-            output = tree_map_only(Tensor, Tensor.detach, output)
-        if not trains or self.detach_key:
-            view_logits, key = view_logits.detach(), key.detach()
-        scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
-        return CGCOutput(loss, logits, view_logits, view, transform, target, heatmap, query, key, scalars, output)
-
-    def _check_closed_form(self) -> None:
-        if self.heatmap != "class_activation":
-            raise ValueError(
-                "`heatmap` must be 'class_activation' to train a model that is sharded by `fully_shard`: the inner "
-                f"gradient of other rules makes it free its weights too early; got {describe(self.heatmap)}. Set "
-                "that, or use DistributedDataParallel."
-            )
-
-    def _exposed(self, model: nn.Module) -> ExposedLayer | None:
-        """Return the exposed layer of a model that stays compiled; None for one that does not."""
-        return compiled_exposed_layer(model) if self.heatmap == "class_activation" else None
-
-    def _kept_pass(self, model: nn.Module, x: Tensor) -> ForwardPass | None:
-        """Return the loop's own pass over x, if it is being kept."""
-        if not torch.is_grad_enabled():
-            return None
-        found = (kept.find(model, x, self.output_fn) for kept in self._kept)
-        return next((image_pass for image_pass in found if image_pass is not None), None)
-
-    def _pass(self, model: nn.Module, images: Tensor, layer: str, bn_mode: BatchNormMode) -> ForwardPass:
-        exposed, version = self._exposed(model), images._version
-        if exposed is not None:
-            image_pass = exposed_pass(model, images, exposed, output_fn=self.output_fn, bn_mode=bn_mode)
-        else:
-            model = model if isinstance(model, DistributedDataParallel) else unwrap(model)
-            image_pass = forward_pass(model, images, layer, output_fn=self.output_fn, bn_mode=bn_mode)
-        if images._version != version:
+    def _g(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
+        """Explain images, on the grid on which heatmaps are compared."""
+        version = x._version
+        seen = explained(self.explainer, model, x, target)
+        if x._version != version:
             raise RuntimeError(
                 "`model` must leave its images as they are, since views are made of them and each is passed once; got "
                 "a forward that changes them in place. Replace its in-place operations, such as `x -= mean` by "
                 "`x = x - mean`, or begin it with `x = x.clone()`."
             )
-        return image_pass
-
-    def _layer(self, model: nn.Module, x: Tensor) -> str:
-        exposed = self._exposed(model)
-        if self.target_layer is None:
-            self.target_layer = suggest_target_layer(model, x) if exposed is None else exposed.target_layer
-        if exposed is not None and self.target_layer != exposed.target_layer:
+        if seen.heatmap.shape[1] * seen.heatmap.shape[2] < 2:
             raise ValueError(
-                f"`target_layer` must be the layer that the compiled model exposes, {exposed.target_layer!r}; got "
-                f"{self.target_layer!r}. Compile `expose_layer(model, {self.target_layer!r})`."
+                "`explainer` must give heatmaps of more than one pixel, since a single one has no place to compare; "
+                f"got {describe(seen.heatmap)} from images of {tuple(x.shape[-2:])}. Name an earlier layer, or pass "
+                "larger images."
             )
-        return self.target_layer
+        if self.heatmap_size is None:
+            return seen
+        larger = F.interpolate(seen.heatmap[:, None], self.heatmap_size, mode="bilinear", align_corners=False)
+        return replace(seen, heatmap=larger[:, 0])
+
+    def _g_of_extra_pass(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
+        """Explain images by a pass that leaves the model as found."""
+        return extra_pass(lambda running: self._g(running, x, target), model, self.bn_mode)
 
     def _draw(self, x: Tensor) -> SpatialTransform:
         size = (x.shape[2], x.shape[3])
@@ -474,26 +376,6 @@ class CGCRegularizer(nn.Module):
                 f"`transform.sample` must return a SpatialTransform of {len(x)} maps; got {describe(transform)}."
             )
         return transform
-
-    def _heatmaps(self, model: nn.Module, images: Tensor, forward: ForwardPass, target: Tensor) -> Tensor:
-        heatmaps = heatmaps_of(
-            forward,
-            target,
-            model=model,
-            heatmap=self.heatmap,
-            head=self.head,
-            reshape_transform=self.reshape_transform,
-            create_graph=torch.is_grad_enabled(),
-        )
-        if heatmaps.shape[1] * heatmaps.shape[2] < 2:
-            raise ValueError(
-                "`target_layer` must give heatmaps of more than one pixel, since a single one has no place to "
-                f"compare; got {describe(heatmaps)} from images of {tuple(images.shape[-2:])}. Name an earlier layer, "
-                "or pass larger images."
-            )
-        if self.heatmap_size is None:
-            return heatmaps
-        return F.interpolate(heatmaps[:, None], self.heatmap_size, mode="bilinear", align_corners=False)[:, 0]
 
     def _loss(self, query: Tensor, key: Tensor) -> Tensor:
         if self.loss == "info_nce":
@@ -514,21 +396,17 @@ class CGCRegularizer(nn.Module):
             raise ValueError(
                 f"`loss` must return a scalar tensor, or one of shape ({len(query)},); got {describe(loss)}."
             )
+        if query.requires_grad and not loss.requires_grad:
+            raise RuntimeError(
+                "`loss` must return a tensor in the graph of query and key; got one without, which would train "
+                "nothing. Remove `detach`, `no_grad` or conversions to numbers from it; measures such as `consistency` "
+                "are detached, and no loss."
+            )
         return loss if loss.ndim == 0 else reduce(loss, self.reduction)
 
 
-def _classes(logits: Tensor, target: Tensor | None) -> Tensor:
-    """Return the class whose heatmap counts for each image, (n,): the one given, or the one predicted."""
-    if target is None:
-        return logits.detach().argmax(dim=1)
-    check_target("target", target, len(logits), logits.shape[1])
-    return target.long()
-
-
-def _check_inputs(x: Tensor, target: Tensor | None, view: Tensor | None, transform: SpatialTransform | None) -> None:
+def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | None) -> None:
     check_images("x", x)
-    if target is not None:
-        check_target("target", target, len(x))
     if (view is None) != (transform is None):
         given, missing = ("transform", "view") if view is None else ("view", "transform")
         raise ValueError(

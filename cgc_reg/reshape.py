@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cgc_reg._checks import check_size, describe
 
@@ -54,25 +54,3 @@ class TokensToMaps:
             )
         patches = output[:, self.prefix_tokens :].transpose(1, 2)
         return patches.reshape(patches.shape[0], patches.shape[1], *self.grid_size)
-
-
-def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
-    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
-
-    It is when a layer inside that has weights works on the last dimension, and its width is found there alone. Beside
-    convolutions only the last of these layers tells, since squeeze-and-excitation has linear layers of any width. A
-    single vector of weights, such as a LayerScale's, does not tell.
-    """
-    weighted = [
-        module
-        for module in layer.modules()
-        if isinstance(module, nn.LayerNorm) or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
-    ]
-    if any(weight.ndim > 2 for weight in layer.parameters()):
-        weighted = weighted[-1:]
-    widths = {
-        module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
-        for module in weighted
-        if isinstance(module, (nn.Linear, nn.LayerNorm))
-    }
-    return output.ndim == 4 and output.shape[3] in widths and output.shape[1] not in widths

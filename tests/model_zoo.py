@@ -23,7 +23,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 from torchvision.models.resnet import Bottleneck
 
-from cgc_reg import CGCRegularizer, RandomAffine, TokensToMaps, channels_last_to_maps, suggest_target_layer
+from cgc_reg import CGCRegularizer, GradCAM, RandomAffine, TokensToMaps, channels_last_to_maps, suggest_target_layer
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 CLASSES, BATCH, TAU = 10, 2, 0.5
@@ -385,7 +385,7 @@ def check(case):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("error")
         warnings.filterwarnings("always", message="A BatchNorm behind `target_layer`")
-        reg = CGCRegularizer(case.layer, temperature=TAU, reshape_transform=case.reshape)
+        reg = CGCRegularizer(GradCAM(case.layer, reshape_transform=case.reshape), temperature=TAU)
         out = reg.compute(model, x, target=target, view=view, transform=transform)
     actual = gradients_of(out.loss, model)
 

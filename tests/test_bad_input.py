@@ -2,6 +2,7 @@
 
 import types
 
+import explainers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,19 +26,17 @@ Y = torch.tensor([0, 3, 1, 4])
 
 
 def regularizer(target_layer="features", **options):
-    return CGCRegularizer(target_layer, generator=generator(0), **options)
+    return explainers.regularizer(target_layer, generator=generator(0), **options)
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"target_layer": ""}, ValueError),
-        ({"target_layer": nn.Identity()}, ValueError),
-        ({"target_layer": 4}, ValueError),
+        ({"explainer": nn.Identity()}, TypeError),
+        ({"explainer": 4}, TypeError),
         ({"transform": "crop"}, TypeError),
         ({"transform": lambda x: x}, TypeError),
         ({"transform": RandomResizedCropFlip}, TypeError),
-        ({"heatmap": "gradcam"}, ValueError),
         ({"loss": "mse"}, ValueError),
         ({"temperature": 0}, ValueError),
         ({"temperature": -0.5}, ValueError),
@@ -53,7 +52,7 @@ def regularizer(target_layer="features", **options):
 def test_unknown_options_are_refused_at_once(options, error):
     (name,) = options
     with pytest.raises(error, match=f"`{name}` must"):
-        CGCRegularizer(**{"target_layer": "features", **options})
+        CGCRegularizer(**{"explainer": "features", **options})
 
 
 @pytest.mark.parametrize("options", [{"loss": "mse"}, {"temperature": 0}, {"reduction": "max"}, {"loss": F.l1_loss}])
@@ -81,11 +80,19 @@ IDENTITY = SpatialTransform.identity(4)
         ),
         ({"x": X[:1]}, ValueError, "batch of one"),
         ({"model": lambda x: x}, TypeError, "`model` must be a torch.nn.Module"),
-        ({"target": Y[:3]}, ValueError, r"`target` must hold one class index per image, shape \(4,\)"),
-        ({"target": F.one_hot(Y, 5)}, ValueError, "`target`.*per image"),
+        (
+            {"target": Y[:3]},
+            ValueError,
+            r"`target` must be of shape \(4,\), or \(4, classes\) for weights; got .*\(3,\)",
+        ),
+        ({"target": F.one_hot(Y, 6)}, ValueError, r"`target` must hold a weight for each of the 5 scores.*\(4, 6\)"),
+        ({"target": Y[:, None]}, ValueError, r"`target` must hold a weight for each.*`target\[:, 0\]`"),
+        ({"target": F.one_hot(Y, 5)[:3]}, ValueError, r"`target` must be of shape \(4,\)"),
         ({"target": Y.float()}, TypeError, "`target` must hold integer.*float32"),
         ({"target": Y > 1}, TypeError, "`target` must hold integer.*bool"),
-        ({"target": Y.tolist()}, TypeError, "`target` must be a tensor"),
+        ({"target": True}, TypeError, "`target` must be a tensor, a list or an integer; got True"),
+        ({"target": [0, "cat", 1, 2]}, TypeError, "`target` must be a tensor, a list or an integer; got .*'cat'"),
+        ({"target": 5}, ValueError, "`target` must hold classes from 0 to 4.*got 5 to 5"),
         ({"target": Y + 1}, ValueError, "`target` must hold classes from 0 to 4.*got 1 to 5"),
         ({"target": Y - 1}, ValueError, "`target` must hold classes from 0 to 4.*got -1 to 3"),
         ({"view": X}, ValueError, "`view` without `transform`"),
@@ -136,7 +143,7 @@ class Wrong(nn.Module):
         (
             {"target_layer": "flat"},
             ValueError,
-            r"got a .*\(4, 768\). Name a layer in front of the pooling",
+            r"got a .*\(4, 768\) from 'flat'. Name a layer in front of the pooling",
         ),
         ({"target_layer": "aside"}, RuntimeError, "must lead to the logits"),
         ({"target_layer": "unused"}, RuntimeError, "which it did not call. Name another, or let"),
@@ -174,11 +181,6 @@ def test_heatmap_of_one_pixel_is_refused(options):
     # Its cosine with any other is 1 or 0: it would train nothing and say nothing.
     with pytest.raises(ValueError, match=r"more than one pixel.*\(4, 1, 1\).*\(4, 4\). Name an earlier layer"):
         regularizer(**options)(relu_net(), X[:, :, :4, :4])
-
-
-def test_head_without_the_rule_that_reads_it_is_refused():
-    with pytest.raises(ValueError, match="`head` must be None unless `heatmap` is 'class_activation'"):
-        CGCRegularizer("features", head="head")
 
 
 @pytest.mark.parametrize("loss", ["mse_consistency", lambda query, key: (query - key).square().mean()])
@@ -229,7 +231,7 @@ def test_loss_without_a_graph_is_refused_in_training(loss):
     "returned", [lambda a, g: a, lambda a, g: a.sum(), lambda a, g: a[:2].sum(dim=1), lambda a, g: None]
 )
 def test_heatmap_of_another_shape_is_refused(returned):
-    with pytest.raises(ValueError, match=r"`heatmap` must return heatmaps of shape \(n, h, w\), here \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"`rule` must return heatmaps of shape \(n, h, w\), here \(4, 4, 4\)"):
         regularizer(heatmap=returned)(relu_net(), X)
 
 
@@ -237,8 +239,6 @@ def test_heatmap_of_another_shape_is_refused(returned):
     ("options", "message"),
     [
         ({"generator": 0}, "`generator` must be a torch.Generator, or None; got 0. Make one"),
-        ({"output_fn": "logits"}, "`output_fn` must be a function, or None; got 'logits'"),
-        ({"reshape_transform": 7}, "`reshape_transform` must be a function, or None; got 7"),
         ({"detach_key": "no"}, "`detach_key` must be True or False; got 'no'"),
         ({"gather_distributed": 1}, "`gather_distributed` must be True or False; got 1"),
     ],

@@ -6,6 +6,7 @@ import itertools
 import threading
 from contextlib import nullcontext
 
+import explainers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from strategies import generator
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from cgc_reg import CGCRegularizer, class_activation, explain, suggest_target_layer
+from cgc_reg import CGCRegularizer, GradCAM, class_activation, explain, suggest_target_layer
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 LAYER = "features.4"
@@ -80,7 +81,7 @@ def instance_norm_net():
 
 
 def regularizer(**options):
-    return CGCRegularizer(LAYER, generator=generator(0), **options)
+    return explainers.regularizer(LAYER, generator=generator(0), **options)
 
 
 def call(reg, model, x=X):
@@ -254,7 +255,7 @@ def test_in_place_layer_behind_the_target_changes_nothing(run, heatmap):
         torch.manual_seed(0)
         return GapNet(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=inplace), head=nn.Linear(6, 5)).double()
 
-    reg = CGCRegularizer("features.1", heatmap=heatmap)
+    reg = explainers.regularizer("features.1", heatmap=heatmap)
     results = []
     for model in (densenet_like(True), densenet_like(False)):
         reg.generator = generator(0)
@@ -468,9 +469,8 @@ class StoringNet(GapNet):
 @modes
 def test_what_a_forward_stores_on_the_model_is_of_its_own_pass(bn_mode):
     model, grids = StoringNet(), []
-    out = CGCRegularizer(
-        "features", bn_mode=bn_mode, view_size=(8, 12), reshape_transform=lambda a: grids.append(model.grid) or a
-    ).compute(model, X)
+    g = GradCAM("features", reshape_transform=lambda a: grids.append(model.grid) or a)
+    out = CGCRegularizer(g, bn_mode=bn_mode, view_size=(8, 12)).compute(model, X)
     assert set(grids) == {(4, 4), (2, 3)}
     assert_same(out.view_logits, model(out.view))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from cgc_reg import CGCRegularizer, TokensToMaps, explain
+from cgc_reg import CGCRegularizer, GradCAM, TokensToMaps, explain
 
 # Torch 2.6 cannot tell that a pass is in a checkpoint; its own error says that the second run was another one.
 TELLS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
@@ -141,13 +141,13 @@ def test_a_trunk_without_gradients_is_no_checkpoint():
 def test_attention_inside_a_checkpoint_is_run_again_as_it_was():
     model = timm.create_model("test_vit", num_classes=5, img_size=32, patch_size=8)
     x = torch.randn(3, 3, 32, 32, generator=generator(0))
-    layer, options = "blocks.4.norm1", {"reshape_transform": TokensToMaps((4, 4))}
-    maps = explain(model, x, layer, **options)
-    CGCRegularizer(layer, generator=generator(0), **options)(model, x).backward()
+    g = GradCAM("blocks.4.norm1", reshape_transform=TokensToMaps((4, 4)))
+    maps = explain(model, x, g)
+    CGCRegularizer(g, generator=generator(0))(model, x).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     model.set_grad_checkpointing()
-    torch.testing.assert_close(explain(model, x, layer, **options), maps)
+    torch.testing.assert_close(explain(model, x, g), maps)
     with sdpa_kernel(SDPBackend.MATH):  # for the backward, as the README says
-        CGCRegularizer(layer, generator=generator(0), **options)(model, x).backward()
+        CGCRegularizer(g, generator=generator(0))(model, x).backward()
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)

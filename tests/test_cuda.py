@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from explainers import EXPLAINERS, explainer
 from networks import assert_same, relu_net
 from strategies import generator
 from torch import nn
 
 from cgc_reg import CGCRegularizer, RandomAffine, RandomResizedCropFlip
-from cgc_reg.explain import HEATMAPS
 
 pytestmark = pytest.mark.cuda
 
@@ -30,7 +30,7 @@ def resnet():
     return torchvision.models.resnet18(num_classes=5)
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 @pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine"])
 def test_loss_and_gradients_are_those_of_the_cpu(heatmap, transform):
     model = relu_net(nn.BatchNorm2d).double()
@@ -38,18 +38,18 @@ def test_loss_and_gradients_are_those_of_the_cpu(heatmap, transform):
     losses = {}
     for device in ("cpu", "cuda"):
         twin = copy.deepcopy(model).to(device)
-        reg = CGCRegularizer("features", heatmap=heatmap, transform=transform, generator=generator(0))
+        reg = CGCRegularizer(explainer("features", heatmap), transform=transform, generator=generator(0))
         loss = step(reg, twin, X.double().to(device), Y.to(device))
         loss.backward()
         losses[device] = {"loss": loss.detach(), **{name: p.grad for name, p in twin.named_parameters()}}
     torch.testing.assert_close(losses["cuda"], losses["cpu"], check_device=False)
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 @pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine"])
 def test_a_step_never_waits_for_the_gpu(heatmap, transform):
     model, x, y = resnet().cuda(), X.cuda(), Y.cuda()
-    reg = CGCRegularizer("layer4", heatmap=heatmap, transform=transform)
+    reg = CGCRegularizer(explainer("layer4", heatmap), transform=transform)
     step(reg, model, x, y).backward()  # the first one loads kernels
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,6 +6,7 @@ Every training runs in one set of processes, started once; each process writes w
 import contextlib
 import itertools
 
+import explainers
 import gloo
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cgc_reg import CGCRegularizer, RandomResizedCropFlip, expose_layer
+from cgc_reg import RandomResizedCropFlip, expose_layer
 
 WORLDS = [2, 3]
 BATCH = 3  # of each process
@@ -38,7 +39,7 @@ class Prepared:
 
 
 def regularizer(share, **options):
-    return CGCRegularizer("features", transform=Prepared(T[share]), **options)
+    return explainers.regularizer("features", transform=Prepared(T[share]), **options)
 
 
 # ---- the loops: how a process gets the loss of its share
@@ -182,7 +183,7 @@ def test_sharded_training_is_that_of_one_process_with_the_whole_batch(results, h
 
 def test_what_a_sharded_model_cannot_do_is_refused_in_every_process(results):
     for result in results:
-        messages = ["`heatmap` must be 'class_activation'", "reshard_after_forward=False"]
+        messages = ["The explainer must be CAM", "reshard_after_forward=False"]
         for refused, message in zip(result["refused"], messages, strict=False):
             assert message in refused["error"]
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from explainers import EXPLAINERS, RULES, explainer
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import cell_net, mirror_net
 from strategies import laws, noise, seeds
 
 from cgc_reg import CGCRegularizer, SpatialTransform, explain
-from cgc_reg.explain import HEATMAPS
-from cgc_reg.heatmaps import RULES
 
 CELL = 4  # pixels along a side of what `cell_net` sees at once
 N = 3
@@ -17,7 +16,7 @@ TARGET = torch.tensor([0, 1, 3])
 # float64 keeps 16 digits; positions, interpolation and four layers of sums lose a few of them.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
-all_heatmaps = pytest.mark.parametrize("heatmap", HEATMAPS)
+all_heatmaps = pytest.mark.parametrize("heatmap", EXPLAINERS)
 grids = st.tuples(st.integers(2, 5), st.integers(2, 5))
 
 
@@ -75,8 +74,8 @@ def test_mirrored_image_has_the_mirrored_heatmap(heatmap, seed, grid, mirrored):
     mirror = SpatialTransform.identity(N).theta.double()
     mirror[torch.tensor(mirrored), 0, 0] = -1
     transform = SpatialTransform(mirror)
-    query = transform(explain(net, x, "features", TARGET, heatmap=heatmap))
-    key = explain(net, transform(x), "features", TARGET, heatmap=heatmap)
+    query = transform(explain(net, x, explainer("features", heatmap), TARGET))
+    key = explain(net, transform(x), explainer("features", heatmap), TARGET)
     torch.testing.assert_close(key, query, **CLOSE)
 
 
@@ -87,8 +86,8 @@ def test_crop_of_whole_cells_has_the_cropped_heatmap(heatmap, seed, box):
     net, (transform, size) = seeded(cell_net, seed, CELL), crop_of_cells(box)
     (rows, columns), _, _, height, width = box
     x = noise(seed, N, 3, CELL * rows, CELL * columns)
-    query = transform(explain(net, x, "features", TARGET, heatmap=heatmap), (height, width))
-    key = explain(net, transform(x, size), "features", TARGET, heatmap=heatmap)
+    query = transform(explain(net, x, explainer("features", heatmap), TARGET), (height, width))
+    key = explain(net, transform(x, size), explainer("features", heatmap), TARGET)
     # An average over fewer cells gives each a larger gradient; the closed form has no average.
     scale = 1 if heatmap == "class_activation" else rows * columns / (height * width)
     torch.testing.assert_close(key, scale * query, **CLOSE)
@@ -102,8 +101,8 @@ def test_shift_by_whole_cells_shifts_the_heatmap_where_it_is_covered(heatmap, se
     net, transform = seeded(cell_net, seed, CELL), shift_of_cells(cells, grid)
     x = noise(seed, N, 3, CELL * grid[0], CELL * grid[1])
     coverage = transform.coverage(grid)
-    query = transform(explain(net, x, "features", TARGET, heatmap=heatmap))
-    key = explain(net, transform(x), "features", TARGET, heatmap=heatmap)
+    query = transform(explain(net, x, explainer("features", heatmap), TARGET))
+    key = explain(net, transform(x), explainer("features", heatmap), TARGET)
     assert coverage.sum(dim=(1, 2)).tolist() == [(grid[1] - abs(i)) * (grid[0] - abs(j)) for i, j in cells]
     torch.testing.assert_close(key * coverage, query * coverage, **CLOSE)
 
@@ -129,5 +128,5 @@ def test_network_without_the_symmetry_is_inconsistent(seed):
     torch.nn.init.normal_(net.features[0].weight)
     x = noise(seed, N, 3, 8, 8)
     mirror = SpatialTransform(SpatialTransform.identity(N).theta.double() * torch.tensor([[-1.0], [1.0]]))
-    reg = CGCRegularizer("features", loss="mse_consistency", heatmap=lambda a, g: (a * g).sum(dim=1))
+    reg = CGCRegularizer(explainer("features", lambda a, g: (a * g).sum(dim=1)), loss="mse_consistency")
     assert reg.compute(net, x, TARGET, view=mirror(x), transform=mirror).loss > 1e-6

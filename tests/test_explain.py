@@ -6,12 +6,21 @@ import captum.attr
 import pytest
 import torch
 import torchvision
+from explainers import EXPLAINERS, explainer
 from networks import GapNet, InPlace, LinearProbe, assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer, check_closed_form, explain, grad_cam, suggest_target_layer
-from cgc_reg.explain import HEATMAPS
+from cgc_reg import (
+    CAM,
+    CGCRegularizer,
+    GradCAM,
+    LayerExplainer,
+    check_closed_form,
+    explain,
+    grad_cam,
+    suggest_target_layer,
+)
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 
@@ -29,9 +38,9 @@ def mixed_mode_net():
     return net
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 def test_heatmaps_have_the_layers_grid_and_no_graph(heatmap):
-    heatmaps = explain(relu_net(), torch.rand(2, 3, 16, 24), "features", heatmap=heatmap)
+    heatmaps = explain(relu_net(), torch.rand(2, 3, 16, 24), explainer("features", heatmap))
     assert heatmaps.shape == (2, 4, 6)
     assert heatmaps.min() >= 0
     assert not heatmaps.requires_grad
@@ -225,19 +234,21 @@ def test_explain_is_float32_under_autocast():
         ({"x": X[0]}, ValueError, "`x` must be images"),
         ({"x": X.byte()}, TypeError, "`x` must hold floating-point"),
         ({"model": "resnet18"}, TypeError, "`model` must be"),
-        ({"target_layer": "faetures"}, ValueError, "`target_layer`.*'features'"),
+        ({"explainer": "faetures"}, ValueError, "`target_layer`.*'features'"),
+        ({"explainer": GradCAM}, TypeError, "`explainer` must be.*got the class GradCAM itself"),
+        ({"explainer": nn.ReLU()}, TypeError, "`explainer` must be.*`GradCAM.layer.`"),
+        ({"explainer": 4}, TypeError, "`explainer` must be.*got 4"),
         ({"target": torch.zeros(3).long()}, ValueError, r"`target`.*\(4,\)"),
         ({"target": torch.zeros(4)}, TypeError, "`target` must hold integer"),
-        ({"heatmap": "gradcam"}, ValueError, "`heatmap` must be one of 'grad_cam'"),
-        ({"heatmap": "class_activation", "head": "haed"}, ValueError, "`head`.*'head'"),
-        ({"heatmap": lambda a, g: a}, ValueError, "`heatmap` must return heatmaps"),
-        ({"output_fn": torch.sum}, ValueError, "`output_fn` must return logits"),
-        ({"reshape_transform": torch.sum}, ValueError, "`reshape_transform` must return"),
+        ({"explainer": CAM("features", head="haed")}, ValueError, "`head`.*'head'"),
+        ({"explainer": LayerExplainer("features", lambda a, g: a)}, ValueError, "`rule` must return heatmaps"),
+        ({"explainer": GradCAM("features", output_fn=torch.sum)}, ValueError, "`output_fn` must return logits"),
+        ({"explainer": GradCAM("features", reshape_transform=torch.sum)}, ValueError, "`reshape_transform` must"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        explain(**{"model": relu_net(), "x": X, "target_layer": "features", **arguments})
+        explain(**{"model": relu_net(), "x": X, "explainer": "features", **arguments})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +290,7 @@ def test_closed_form_holds_for_average_pooling_and_a_linear_head():
 
 
 def test_closed_form_does_not_hold_before_a_relu():
-    with pytest.raises(ValueError, match="`heatmap='class_activation'` must agree with autograd"):
+    with pytest.raises(ValueError, match="CAM must agree with autograd"):
         check_closed_form(relu_net(), X, "features.4")
 
 
@@ -287,14 +298,14 @@ def test_closed_form_does_not_hold_before_a_norm():
     model = relu_net()
     model.features.append(nn.BatchNorm2d(8))
     nn.init.normal_(model.features[6].weight)
-    with pytest.raises(ValueError, match="`heatmap='class_activation'` must agree with autograd"):
+    with pytest.raises(ValueError, match="CAM must agree with autograd"):
         check_closed_form(model, X, "features.5")
 
 
 def test_closed_form_does_not_hold_before_two_linear_layers():
     model = relu_net()
     model.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
-    with pytest.raises(ValueError, match="`heatmap='class_activation'` must agree with autograd"):
+    with pytest.raises(ValueError, match="CAM must agree with autograd"):
         check_closed_form(model, X, "features")
 
 

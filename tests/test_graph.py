@@ -2,19 +2,18 @@
 
 import warnings
 
+import explainers
 import pytest
 import torch
 from networks import GapNet, relu_net
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer
-
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 
 
 def regularizer(layer="features", **options):
-    return CGCRegularizer(layer, generator=generator(1), **options)
+    return explainers.regularizer(layer, generator=generator(1), **options)
 
 
 def freeze_all_but(model, *names):

@@ -5,23 +5,24 @@ import gc
 import io
 import pickle
 
+import explainers
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from explainers import EXPLAINERS
 from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
 from cgc_reg import CGCRegularizer, RandomAffine, explain
-from cgc_reg.explain import HEATMAPS
 
 X = torch.randn(6, 3, 16, 16, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4, 2, 2])
 
 
 def regularizer(target_layer="features", **options):
-    return CGCRegularizer(target_layer, generator=generator(0), **options)
+    return explainers.regularizer(target_layer, generator=generator(0), **options)
 
 
 def call_step(reg, model, x=X, y=Y, lam=0.5):
@@ -61,7 +62,7 @@ def state_of(model):
 # ---- do no harm
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 @pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_weight_zero_trains_as_without(heatmap, bn_mode, optimizer):
@@ -310,7 +311,7 @@ def test_everything_frozen_but_the_head_trains_the_head(step):
 def test_a_compiled_regularizer_can_be_pickled():
     reg = CGCRegularizer("features")
     reg.compile(backend="eager")
-    assert pickle.loads(pickle.dumps(reg)).target_layer == "features"
+    assert pickle.loads(pickle.dumps(reg)).explainer.target_layer == "features"
 
 
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda reg: pickle.loads(pickle.dumps(reg))])
@@ -325,7 +326,7 @@ def test_a_copied_regularizer_goes_on_as_the_first(copies):
         torch.manual_seed(2)
         losses.append(each(model, X))
     assert_same(*losses)
-    assert twin.target_layer == "features"
+    assert twin.explainer.target_layer == "features"
 
 
 def test_a_regularizer_survives_torch_save():

@@ -1,5 +1,6 @@
 """A step never looks at a value and never makes a tensor on the CPU, so a GPU never waits for it."""
 
+import explainers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cgc_reg import CGCRegularizer, Consistency, ContentHeatmap, RandomAffine, RandomResizedCropFlip
-from cgc_reg.explain import HEATMAPS
 
 
 class NoCPUTensor(TorchDispatchMode):
@@ -23,13 +23,15 @@ class NoCPUTensor(TorchDispatchMode):
 
 # On the meta device tensors have no values: any operation that depends on one raises.
 @pytest.mark.parametrize("transform", [RandomResizedCropFlip(), RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5)])
-@pytest.mark.parametrize("options", [{"heatmap": h} for h in HEATMAPS] + [{"loss": "mse_consistency"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"heatmap": h} for h in explainers.EXPLAINERS] + [{"loss": "mse_consistency"}], ids=str
+)
 def test_step_runs_without_values(options, transform):
     with torch.device("meta"):
         model = torchvision.models.resnet18(num_classes=10)
         x, y = torch.empty(4, 3, 64, 64), torch.empty(4, dtype=torch.long)
     with NoCPUTensor():
-        out = CGCRegularizer("layer4", transform=transform, **options).compute(model, x)
+        out = explainers.regularizer("layer4", transform=transform, **options).compute(model, x)
         (F.cross_entropy(out.logits, y) + out.loss).backward()
     assert model.conv1.weight.grad.device.type == "meta"
     assert {value.device.type for value in out.scalars.values()} == {"meta"}

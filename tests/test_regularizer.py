@@ -9,11 +9,13 @@ import types
 import warnings
 import weakref
 
+import explainers
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from explainers import EXPLAINERS, RULES
 from networks import (
     GapNet,
     LinearProbe,
@@ -40,8 +42,6 @@ from cgc_reg import (
     info_nce,
     mse_consistency,
 )
-from cgc_reg.explain import HEATMAPS
-from cgc_reg.heatmaps import RULES
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4])
@@ -50,7 +50,7 @@ CROP, AFFINE = RandomResizedCropFlip(), RandomAffine(degrees=40, translate=(0.3,
 
 def regularizer(target_layer="features", **options):
     """Draw the same views in every call of a test that makes one."""
-    return CGCRegularizer(target_layer, generator=generator(0), **options)
+    return explainers.regularizer(target_layer, generator=generator(0), **options)
 
 
 def drawn(x, sampler=AFFINE):
@@ -214,7 +214,7 @@ def test_real_network_trains(build, layer):
 # ---- one call or two
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 def test_regularizer_and_compute_give_one_loss(heatmap):
     model = relu_net(nn.BatchNorm2d)
     called = regularizer(heatmap=heatmap)(model, X)
@@ -378,7 +378,7 @@ def test_view_size_sets_the_size_of_views_and_of_their_heatmaps():
     torch.testing.assert_close(out.view, out.transform(X, (8, 12)))
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 @pytest.mark.parametrize("loss", ["info_nce", "mse_consistency"])
 def test_detached_keys_are_constants(heatmap, loss):
     model = relu_net(nn.BatchNorm2d)
@@ -633,7 +633,7 @@ class TokenNet(nn.Module):
         return self.head(self.tokens(self.features(x))[:, 1:].mean(dim=1))
 
 
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 def test_tokens_are_folded_to_maps(heatmap):
     net = relu_net().double()
     reg = regularizer(
@@ -652,7 +652,7 @@ def test_tokens_without_reshape_transform_are_refused():
 def test_layer_is_found_at_the_first_call():
     model, reg = relu_net(), regularizer(None)
     loss = reg(model, X)
-    assert reg.target_layer == "features"
+    assert reg.explainer.target_layer == "features"
     assert_same(loss, regularizer("features")(model, X))
 
 
@@ -692,7 +692,7 @@ def test_weights_get_their_gradients_under_autocast(dtype):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("heatmap", HEATMAPS)
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_without_gradients_the_loss_is_a_metric(mode, heatmap, training):
     model = relu_net(nn.BatchNorm2d).train(training)

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from strategies import generator
 
-from cgc_reg import CGCRegularizer, TokensToMaps, channels_last_to_maps, explain, suggest_target_layer
-from cgc_reg.reshape import is_channels_last
+from cgc_reg import CGCRegularizer, GradCAM, TokensToMaps, channels_last_to_maps, explain, suggest_target_layer
+from cgc_reg.model.layers import is_channels_last
 
 X = torch.randn(2, 3, 64, 64, generator=generator(0))
 BEFORE_LAST_ATTENTION = "encoder.layers.encoder_layer_1.ln_1"
@@ -27,7 +27,7 @@ def vit():
 
 def test_swin_trains_through_channels_last_to_maps():
     model = swin()
-    out = CGCRegularizer("features", reshape_transform=channels_last_to_maps).compute(model, X)
+    out = CGCRegularizer(GradCAM("features", reshape_transform=channels_last_to_maps)).compute(model, X)
     assert out.key.shape == (2, 8, 8)
     out.loss.backward()
     assert model.features[0][0].weight.grad.count_nonzero() > 0
@@ -35,7 +35,7 @@ def test_swin_trains_through_channels_last_to_maps():
 
 def test_vit_trains_through_tokens_to_maps():
     model = vit()
-    out = CGCRegularizer(BEFORE_LAST_ATTENTION, reshape_transform=TokensToMaps((4, 4))).compute(model, X)
+    out = CGCRegularizer(GradCAM(BEFORE_LAST_ATTENTION, reshape_transform=TokensToMaps((4, 4)))).compute(model, X)
     assert out.key.shape == (2, 4, 4)
     assert out.scalars["blank_share"] < 1
     out.loss.backward()

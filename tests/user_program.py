@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cgc_reg import CGCOutput, CGCRegularizer, Consistency, RandomAffine, SpatialTransform, content_heatmap, explain
+from cgc_reg import (
+    CGCOutput,
+    CGCRegularizer,
+    Consistency,
+    GradCAM,
+    LayerExplainer,
+    RandomAffine,
+    SpatialTransform,
+    content_heatmap,
+    explain,
+)
 from cgc_reg.visualization import gallery, overlay, pair_columns
 
 
@@ -23,7 +33,7 @@ def term(reg: CGCRegularizer, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    reg = CGCRegularizer("layer4", transform=RandomAffine(degrees=10), heatmap=my_rule, output_fn=scores)
+    reg = CGCRegularizer(LayerExplainer("layer4", my_rule, output_fn=scores), transform=RandomAffine(degrees=10))
     out: CGCOutput = reg.compute(model, x, target=y)
     loss: Tensor = cross_entropy(out.logits, y) + 0.5 * out.loss
     log: dict[str, float] = {name: float(value) for name, value in out.scalars.items()}
@@ -38,6 +48,6 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     values: dict[str, float] = total.compute()
     print(values, content_heatmap(out.heatmap, torch.ones(len(x), 64, 64, dtype=torch.bool)))
     gallery(pair_columns(x, out)).savefig("pairs.png")
-    picture: Tensor = overlay(x, explain(model, x, "layer4", output_fn=scores))
+    picture: Tensor = overlay(x, explain(model, x, GradCAM("layer4", output_fn=scores)))
     print(picture.shape)
     return loss

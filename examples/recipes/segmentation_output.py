@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from cgc_reg import CGCRegularizer  # CGC
+from cgc_reg import CGCRegularizer, GradCAM  # CGC
 
 
 def toy_images(count: int) -> TensorDataset:
@@ -45,7 +45,7 @@ def main(
             module.momentum = 0.1  # MobileNetV3's 0.01 is for trainings longer than this one
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # No BatchNorm follows this layer: one would make an image's heatmap depend on the others of the batch.
-    reg = CGCRegularizer("classifier.cbr", output_fn=class_scores)  # CGC
+    reg = CGCRegularizer(GradCAM("classifier.cbr", output_fn=class_scores))  # CGC
 
     for epoch in range(epochs):
         model.train()

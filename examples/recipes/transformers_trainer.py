@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
-from cgc_reg import CGCRegularizer  # CGC
+from cgc_reg import CGCRegularizer, GradCAM  # CGC
 
 
 class ToyImages(Dataset):
@@ -89,7 +89,7 @@ def main(
         report_to="tensorboard",
     )
     # The output of an image classifier has `logits`, which CGC finds itself; it is said here for models that differ.
-    reg = CGCRegularizer("resnet.encoder.stages.1", output_fn=lambda output: output.logits)  # CGC
+    reg = CGCRegularizer(GradCAM("resnet.encoder.stages.1", output_fn=lambda output: output.logits))  # CGC
     trainer = CGCTrainer(  # CGC, was: trainer = Trainer(
         model,
         args,

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from cgc_reg._checks import check_images, describe
 from cgc_reg._precision import without_autocast_cache
-from cgc_reg.modes import evaluation_mode
-from cgc_reg.reshape import is_channels_last
-from cgc_reg.wrappers import uncompiled, unwrap, without_compilers
+from cgc_reg.model.compilation import uncompiled
+from cgc_reg.model.layers import is_channels_last, without_compilers
+from cgc_reg.model.settings import evaluation_mode
+from cgc_reg.model.wrappers import unwrap
 
 
 def suggest_target_layer(model: nn.Module, x: Tensor) -> str:

@@ -1,9 +1,10 @@
-"""Keep the passes that a loop makes itself, so that the regularizer need not repeat them."""
+"""Keep the passes that a loop makes itself, so that an explainer need not repeat them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
-from cgc_reg._attention import unfused_attention
-from cgc_reg.capture import ForwardPass, find_logits, is_own_pass
-from cgc_reg.reshape import is_channels_last
-from cgc_reg.wrappers import find_layer, is_compiled, unwrap
+from cgc_reg.model.attention import unfused_attention
+from cgc_reg.model.compilation import is_compiled
+from cgc_reg.model.layers import find_layer, is_channels_last
+from cgc_reg.model.outputs import OutputFunction, find_logits
+from cgc_reg.model.own import is_own_pass
+from cgc_reg.model.passes import ForwardPass
+from cgc_reg.model.wrappers import unwrap
 
 
 @dataclass
@@ -32,24 +36,35 @@ class KeptPass:
 
 
 class KeptPasses:
-    """The passes of one model, while :func:`keep_passes` lasts."""
+    """The passes of one model that show one layer, while :func:`keep_passes` lasts."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, target_layer: str) -> None:
         self.model = model
+        self.target_layer = target_layer
         self.passes: list[KeptPass] = []
 
-    def find(self, model: nn.Module, x: Tensor, output_fn: Callable[[Any], Tensor] | None) -> ForwardPass | None:
-        """Return the pass of this model over this very tensor, since which nothing has changed; None without one."""
-        for kept in reversed(self.passes):
-            if model is not self.model or kept.x is not x:
-                continue
-            if kept.state == _state(model, x) and kept.versions == _versions(kept.output):
+
+# What the `keep_passes` of this thread keep. An explainer is a value and has no place for it.
+_KEPT: ContextVar[tuple[KeptPasses, ...]] = ContextVar("_KEPT", default=())
+
+
+def find_kept_pass(
+    model: nn.Module, x: Tensor, target_layer: str | nn.Module, output_fn: OutputFunction | None
+) -> ForwardPass | None:
+    """Return the loop's own pass of this model over this very tensor, since which nothing has changed; None without."""
+    if not torch.is_grad_enabled():
+        return None
+    for passes in (kept for kept in _KEPT.get() if kept.model is model):
+        if passes.target_layer != find_layer(unwrap(model), target_layer)[0]:
+            continue
+        for kept in reversed(passes.passes):
+            if kept.x is x and kept.state == _state(model, x) and kept.versions == _versions(kept.output):
                 logits = find_logits(kept.output, output_fn, len(x))
                 inner_logits = find_logits(kept.inner_output, output_fn, len(x))
                 (layer, layer_output), *_ = kept.layer_outputs
                 channels_last = is_channels_last(layer, layer_output)
                 return ForwardPass(logits, inner_logits, layer_output, channels_last, kept.output)
-        return None
+    return None
 
 
 def _only_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -104,21 +119,21 @@ def _do_nothing(*args: Any) -> None:
 
 
 @contextmanager
-def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
+def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[None]:
     """Keep each pass of the model that can be reused: over one tensor, with a graph below and above the layer.
 
     A compiled model is left alone, since hooks would make it compile again; so are passes without gradients, with
-    other arguments, or that call the layer never or twice, and the regularizers' own. They make theirs then.
+    other arguments, or that call the layer never or twice, and those of ours. Explainers make theirs then.
 
     Args:
         model: wrapped or not.
-        target_layer: dotted name in the unwrapped model.
+        target_layer: dotted name in the unwrapped model, or the layer itself.
     """
     inner = unwrap(model)
-    layer = find_layer(inner, target_layer)
-    kept = KeptPasses(model)
+    name, layer = find_layer(inner, target_layer)
+    kept = KeptPasses(model, name)
     if is_compiled(model):
-        yield kept
+        yield
         return
     going: list[KeptPass] = []
 
@@ -132,7 +147,7 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
         if not going or not isinstance(output, Tensor) or not output.requires_grad:
             return None
         going[0].layer_outputs.append((module, output))
-        # As in a pass of the regularizer's own: what is above the layer is differentiated twice, and may work in place.
+        # As in a pass of ours: what is above the layer is differentiated twice, and may work in place.
         above_the_layer.enter_context(unfused_attention())
         return output.clone()
 
@@ -159,7 +174,10 @@ def keep_passes(model: nn.Module, target_layer: str) -> Iterator[KeptPasses]:
         # Fused optimizers change weights without moving their versions.
         forget = register_optimizer_step_post_hook(lambda *_: kept.passes.clear())
         hooks.callback(forget.remove)
+        _KEPT.set((*_KEPT.get(), kept))
         try:
-            yield kept
+            yield
         finally:
+            # Blocks may end in any order.
+            _KEPT.set(tuple(other for other in _KEPT.get() if other is not kept))
             kept.passes.clear()

@@ -4,14 +4,15 @@ import captum.attr
 import pytest
 import torch
 import torchvision
+from explainers import RULES
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import GapNet, relu_net
 from strategies import generator, laws, seeds
 from torch import nn
 
-from cgc_reg import class_activation, explain, grad_cam, hires_cam, layer_cam, positive_grad_cam
-from cgc_reg.heatmaps import RULES, score_gradient
+from cgc_reg import CAM, GradCAM, HiResCAM, class_activation, explain, grad_cam, hires_cam, layer_cam, positive_grad_cam
+from cgc_reg.model.gradient import score_gradient
 
 
 def pair(seed, n=2, c=3, h=4, w=5, dtype=torch.float64):
@@ -129,7 +130,7 @@ def test_grad_cam_equals_captum(build):
     x, target = torch.randn(3, 3, 64, 64).double(), torch.tensor([1, 4, 0])
     oracle = captum.attr.LayerGradCam(model, model.get_submodule(layer))
     expected = oracle.attribute(x, target, relu_attributions=True)
-    torch.testing.assert_close(explain(model, x, layer, target, heatmap="grad_cam")[:, None], expected)
+    torch.testing.assert_close(explain(model, x, layer, target)[:, None], expected)
 
 
 @models
@@ -138,13 +139,13 @@ def test_hires_cam_equals_captum(build):
     x, target = torch.randn(3, 3, 64, 64).double(), torch.tensor([1, 4, 0])
     oracle = captum.attr.LayerGradientXActivation(model, model.get_submodule(layer))
     expected = oracle.attribute(x, target).sum(dim=1).relu()
-    torch.testing.assert_close(explain(model, x, layer, target, heatmap="hires_cam"), expected)
+    torch.testing.assert_close(explain(model, x, HiResCAM(layer), target), expected)
 
 
 def test_three_rules_agree_on_a_resnets_last_stage():
     model, layer = resnet18()
     x = torch.randn(3, 3, 64, 96).double()
-    pooled, full, closed = (explain(model, x, layer, heatmap=h) for h in ("grad_cam", "hires_cam", "class_activation"))
+    pooled, full, closed = (explain(model, x, g(layer)) for g in (GradCAM, HiResCAM, CAM))
     assert pooled.amax(dim=(1, 2)).min() > 0
     torch.testing.assert_close(pooled, full)
     torch.testing.assert_close(pooled * (2 * 3), closed)  # a map of 2 x 3 for 64 x 96 pixels at stride 32

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from cgc_reg._attention import unfused_attention
 from cgc_reg._checks import check_activation, describe
-from cgc_reg._precision import at_least_float32, without_autocast
 
 HeatmapRule = Callable[[Tensor, Tensor], Tensor]
 
@@ -107,7 +104,8 @@ def class_activation(activation: Tensor, weight: Tensor, target: Tensor) -> Tens
     Args:
         activation: A, (n, c, h, w).
         weight: w of the linear layer, (classes, c).
-        target: k, the class index of each image, (n,).
+        target: k, the class index of each image, (n,); or weights of all classes, (n, classes), whose sum of
+            :math:`w_k` counts then.
 
     Returns:
         Heatmaps (n, h, w), not negative.
@@ -124,38 +122,5 @@ def class_activation(activation: Tensor, weight: Tensor, target: Tensor) -> Tens
             f"`weight` must be (classes, c) for an activation (n, c, h, w); got {describe(weight)} and "
             f"{describe(activation)}."
         )
-    return (weight[target][:, :, None, None] * activation).sum(dim=1).relu()
-
-
-def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create_graph: bool) -> Tensor | None:
-    r"""Differentiate each image's class score with respect to its activation: :math:`\partial y_k / \partial A`.
-
-    Args:
-        logits: (n, classes).
-        activation: any tensor in the logits' graph whose first dimension is the batch.
-        target: k, (n,).
-        create_graph: whether the result can be differentiated again, as training on it needs.
-
-    Returns:
-        The gradient in activation's shape, at least float32; None where the logits do not depend on the activation.
-    """
-    # Float16 loses gradients under 6e-8, and a mean over many pixels makes them that small. It has none above 65504,
-    # and a head that scales cosines by 64 or 100 makes them large: the factor leaves room on both sides.
-    scale = 16.0 if activation.dtype is torch.float16 else 1.0
-    # A checkpoint runs its part again here, and must find the attention that its first run found.
-    with torch.enable_grad(), without_autocast(activation), unfused_attention():
-        score = logits.gather(1, target[:, None]).sum() * scale
-        if not score.requires_grad:
-            return None
-        (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, allow_unused=True)
-        if gradient is None:
-            return None
-        return at_least_float32(gradient) if scale == 1 else at_least_float32(gradient) / scale
-
-
-RULES: dict[str, HeatmapRule] = {
-    "grad_cam": grad_cam,
-    "hires_cam": hires_cam,
-    "layer_cam": layer_cam,
-    "positive_grad_cam": positive_grad_cam,
-}
+    alpha = weight[target] if target.ndim == 1 else target.to(weight.dtype) @ weight
+    return (alpha[:, :, None, None] * activation).sum(dim=1).relu()

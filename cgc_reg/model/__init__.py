@@ -1,0 +1,1 @@
+"""Everything that touches a user's model."""

@@ -1,0 +1,105 @@
+"""Keep what a layer puts out in a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cgc_reg._checks import describe
+from cgc_reg.model.attention import unfused_attention
+from cgc_reg.model.layers import find_layer, is_channels_last
+from cgc_reg.model.own import own_pass
+from cgc_reg.model.statistics import take_buffers_out_of_graph
+
+
+class Capture:
+    """What a layer put out, once the pass has come that far."""
+
+    output: Tensor
+    channels_last: bool  # whether the output looks like (n, h, w, c)
+    without_gradients: bool  # whether gradients were off there, which they are not from there on
+    called = False
+
+
+@contextmanager
+def capture(model: nn.Module, target_layer: str) -> Iterator[Capture]:
+    """Keep what a layer puts out in the pass that is made inside this context.
+
+    What flows on behind the layer is a clone, so an in-place operation there leaves the kept tensor alone. From the
+    layer upward gradients are on, and attention is in the form that can be differentiated twice. Where no gradient
+    reaches the layer (a frozen trunk, or ``no_grad``), the graph starts at its output: below it, nothing costs more
+    than in a plain pass.
+
+    Args:
+        model: not wrapped.
+        target_layer: dotted name of its layer.
+
+    Raises:
+        RuntimeError: the layer is not called once in the pass.
+        TypeError: it puts out something else than one floating-point tensor.
+    """
+    kept = Capture()
+    fresh: list[Tensor] = []  # the layer's output without a graph, and nobody else's
+
+    def begin(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not is_this_pass() or not isinstance(output, Tensor) or output.requires_grad:
+            return None
+        fresh.append(output.detach())
+        return fresh[-1]
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not is_this_pass():
+            return None
+        _check(target_layer, output, called_before=kept.called)
+        kept.called, kept.without_gradients = True, not torch.is_grad_enabled()
+        kept.channels_last = is_channels_last(module, output)
+        from_the_layer_up.enter_context(unfused_attention())
+        torch.set_grad_enabled(True)
+        # What hooks of the model's own kept of a fresh tensor is this tensor, so that it counts too.
+        own = output.requires_grad or any(output is each for each in fresh)
+        kept.output = (output if own else output.detach()).requires_grad_()
+        return kept.output.clone()
+
+    _, layer = find_layer(model, target_layer)
+    grad_enabled = torch.is_grad_enabled()
+    with own_pass() as is_this_pass, ExitStack() as from_the_layer_up, ExitStack() as hooks:
+        hooks.callback(layer.register_forward_hook(begin, prepend=True).remove)
+        hooks.callback(layer.register_forward_hook(keep).remove)
+        try:
+            yield kept
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+            if kept.called and kept.without_gradients:
+                take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
+    if not kept.called:
+        raise _not_called(target_layer, layer)
+
+
+def _check(target_layer: str, output: object, *, called_before: bool) -> None:
+    if called_before:
+        raise RuntimeError(
+            f"`target_layer` must be a layer that the model calls once in a pass; got {target_layer!r}, which it "
+            "calls again. Name a layer that encloses both calls, or one that follows them."
+        )
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise TypeError(
+            f"`target_layer` must put out one floating-point tensor; got {describe(output)} from {target_layer!r}. "
+            "Name a layer inside it or behind it."
+        )
+
+
+def _not_called(target_layer: str, layer: nn.Module) -> RuntimeError:
+    repair = "Name another, or let `suggest_target_layer(model, x)` do so."
+    parts = [name for name, _ in layer.named_children()]
+    if parts:
+        # As timm's gradient checkpointing does, and models that torch.fx has traced.
+        last = f"{target_layer}.{parts[-1]}"
+        repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
+    return RuntimeError(
+        f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not call. "
+        f"{repair}"
+    )

@@ -1,0 +1,84 @@
+"""Find a layer of the user's model, and tell what its output is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from cgc_reg.model.replica import is_same
+
+
+def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
+    """Return the name of a layer, and the layer.
+
+    Args:
+        model: not wrapped.
+        target_layer: dotted name, or the layer itself.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    modules: dict[str, nn.Module] = {
+        without_compilers(name): module for name, module in model.named_modules(remove_duplicate=False)
+    }
+    if isinstance(target_layer, nn.Module):
+        for name, module in modules.items():
+            if is_same(module, target_layer):
+                return name, module
+        raise ValueError(
+            f"`target_layer` must be a layer of the model that is looked at, a {type(model).__name__}; got a "
+            f"{type(target_layer).__name__} of another model, or of a copy. Take the layer from this model, or pass "
+            "its name, which holds for copies too."
+        )
+    name = without_compilers(target_layer)
+    while name.startswith("module.") and name not in modules:
+        name = name.partition(".")[2]
+    # An average of weights, such as torch's AveragedModel, holds the model as its `module`.
+    for known in (name, f"module.{name}"):
+        if name and known in modules:
+            return known, modules[known]
+    raise ValueError(
+        f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}."
+        f"{did_you_mean(name, modules) or did_you_mean_any(top for top, _ in model.named_children())} All names: "
+        "`dict(model.named_modules())`."
+    )
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a sentence with the names that look like one; nothing if none does."""
+    return did_you_mean_any(difflib.get_close_matches(name, names, n=3, cutoff=0.5))
+
+
+def did_you_mean_any(names: Iterable[str]) -> str:
+    """Return a sentence with the names; nothing if there is none."""
+    listed = " or ".join(map(repr, names))
+    return f" Do you mean {listed}?" if listed else ""
+
+
+def without_compilers(name: str) -> str:
+    """Return a module's dotted name as it was before it, or what holds it, was compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
+    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
+
+    It is when a layer inside that has weights works on the last dimension, and its width is found there alone. Beside
+    convolutions only the last of these layers tells, since squeeze-and-excitation has linear layers of any width. A
+    single vector of weights, such as a LayerScale's, does not tell.
+    """
+    weighted = [
+        module
+        for module in layer.modules()
+        if isinstance(module, nn.LayerNorm) or any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    ]
+    if any(weight.ndim > 2 for weight in layer.parameters()):
+        weighted = weighted[-1:]
+    widths = {
+        module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
+        for module in weighted
+        if isinstance(module, (nn.Linear, nn.LayerNorm))
+    }
+    return output.ndim == 4 and output.shape[3] in widths and output.shape[1] not in widths

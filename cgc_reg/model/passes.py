@@ -1,0 +1,90 @@
+"""Run a user's model once, with its gradients, and keep what a layer of it puts out."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cgc_reg._precision import without_autocast_cache
+from cgc_reg.model.capture import Capture, capture
+from cgc_reg.model.compilation import uncompiled, warn_if_compiled
+from cgc_reg.model.frozen import check_frozen_block
+from cgc_reg.model.layers import find_layer, is_channels_last
+from cgc_reg.model.outputs import OutputFunction, find_logits
+from cgc_reg.model.own import own_pass
+from cgc_reg.model.wrappers import ExposedLayer, data_parallel, unwrap
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one pass through the model left: its class scores, and its layer's output in their graph."""
+
+    logits: Tensor  # (n, k), as the model returned them
+    inner_logits: Tensor  # the same, from inside DistributedDataParallel
+    layer_output: Tensor
+    channels_last: bool  # whether the layer's output looks like (n, h, w, c)
+    output: Any  # what the model returned
+
+
+def forward_pass(model: nn.Module, x: Tensor, target_layer: str, output_fn: OutputFunction | None) -> ForwardPass:
+    """Run the model on x as it was written, and keep what a layer puts out.
+
+    Args:
+        model: wrapped or not; the pass goes through DistributedDataParallel, which arms its synchronisation.
+        x: images (n, c, h, w).
+        target_layer: dotted name in the unwrapped model.
+        output_fn: takes the model's output to logits (n, k); by default see :func:`find_logits`.
+    """
+    if not torch.is_grad_enabled():
+        made, _ = _run(model, x, target_layer, output_fn)
+        if made.logits.requires_grad:
+            return made
+        # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
+        with torch.enable_grad():
+            made, _ = _run(model, x, target_layer, output_fn)
+        return made
+    warn_if_compiled(model)
+    made, kept = _run(model, x, target_layer, output_fn)
+    if kept.without_gradients:
+        check_frozen_block(unwrap(model), x, target_layer, made.inner_logits, output_fn)
+    return made
+
+
+def _run(
+    model: nn.Module, x: Tensor, target_layer: str, output_fn: OutputFunction | None
+) -> tuple[ForwardPass, Capture]:
+    inner, parallel = unwrap(model), data_parallel(model)
+    inner_outputs: list[Any] = []
+    with (
+        nullcontext() if torch.is_grad_enabled() else without_autocast_cache(),
+        uncompiled(model),
+        capture(inner, target_layer) as kept,
+        ExitStack() as hook,
+    ):
+        if parallel is not None:
+            # Whose own output starts the synchronisation of a static graph, at the first gradient that it sees.
+            hook.callback(inner.register_forward_hook(lambda *given: inner_outputs.append(given[-1])).remove)
+        output = inner(x) if parallel is None else parallel(x)
+        # Also here gradients are on: `output_fn` may compute something.
+        logits = find_logits(output, output_fn, len(x))
+        inner_logits = logits if parallel is None else find_logits(inner_outputs[0], output_fn, len(x))
+    return ForwardPass(logits, inner_logits, kept.output, kept.channels_last, output), kept
+
+
+def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: OutputFunction | None) -> ForwardPass:
+    """Run a compiled model that puts out its layer's output itself, for a heatmap in closed form.
+
+    Args:
+        model: ``torch.compile(exposed)``, in DistributedDataParallel or not.
+        x, output_fn: as for :func:`forward_pass`.
+        exposed: what was compiled.
+    """
+    with nullcontext() if torch.is_grad_enabled() else without_autocast_cache(), own_pass():
+        output, layer_output = model(x)
+    _, layer = find_layer(unwrap(exposed), exposed.target_layer)
+    logits = find_logits(output, output_fn, len(x))
+    return ForwardPass(logits, logits, layer_output, is_channels_last(layer, layer_output), output)

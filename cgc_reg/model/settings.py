@@ -1,0 +1,42 @@
+"""Change a setting of a user's module, and set it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from inspect import signature
+
+from torch import nn
+
+
+@contextmanager
+def attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of a module, and set it back."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module of the model into evaluation mode, and each back into its own."""
+    before = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        for module in before:
+            stack.enter_context(attribute(module, "training", False))
+        try:
+            yield
+        finally:
+            # A `train` of their own may forget what a forward has stored for evaluation, as LeViT's does.
+            for module, was in before.items():
+                if was and _has_train_of_its_own(module):
+                    module.train()
+
+
+def _has_train_of_its_own(module: nn.Module) -> bool:
+    """Tell whether a module does more than set flags in `train(mode)`; some use that name for another thing."""
+    own = type(module).train
+    return own is not nn.Module.train and "mode" in signature(own).parameters
