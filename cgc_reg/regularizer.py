@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from cgc_reg._at_layer import AtLayer
 from cgc_reg._checks import (
     check_choice,
     check_flag,
@@ -25,7 +26,7 @@ from cgc_reg._checks import (
 )
 from cgc_reg._precision import without_autocast
 from cgc_reg._targets import Target, as_target
-from cgc_reg.explainers import AtLayer, LayerExplainer, as_explainer, explained
+from cgc_reg.explainers import LayerExplainer, as_explainer, explained
 from cgc_reg.explanation import Explainer, Explanation
 from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency

@@ -17,8 +17,9 @@ from cgc_reg.model.statistics import take_buffers_out_of_graph
 
 
 class Capture:
-    """What a layer put out, once the pass has come that far."""
+    """A layer, and what it put out once the pass has come that far."""
 
+    target_layer: str  # its name
     output: Tensor
     channels_last: bool  # whether the output looks like (n, h, w, c)
     without_gradients: bool  # whether gradients were off there, which they are not from there on
@@ -26,7 +27,7 @@ class Capture:
 
 
 @contextmanager
-def capture(model: nn.Module, target_layer: str) -> Iterator[Capture]:
+def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture]:
     """Keep what a layer puts out in the pass that is made inside this context.
 
     What flows on behind the layer is a clone, so an in-place operation there leaves the kept tensor alone. From the
@@ -36,7 +37,7 @@ def capture(model: nn.Module, target_layer: str) -> Iterator[Capture]:
 
     Args:
         model: not wrapped.
-        target_layer: dotted name of its layer.
+        target_layer: dotted name of its layer, or the layer itself.
 
     Raises:
         RuntimeError: the layer is not called once in the pass.
@@ -54,7 +55,7 @@ def capture(model: nn.Module, target_layer: str) -> Iterator[Capture]:
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not is_this_pass():
             return None
-        _check(target_layer, output, called_before=kept.called)
+        _check(kept.target_layer, output, called_before=kept.called)
         kept.called, kept.without_gradients = True, not torch.is_grad_enabled()
         kept.channels_last = is_channels_last(module, output)
         from_the_layer_up.enter_context(unfused_attention())
@@ -64,7 +65,7 @@ def capture(model: nn.Module, target_layer: str) -> Iterator[Capture]:
         kept.output = (output if own else output.detach()).requires_grad_()
         return kept.output.clone()
 
-    _, layer = find_layer(model, target_layer)
+    kept.target_layer, layer = find_layer(model, target_layer)
     grad_enabled = torch.is_grad_enabled()
     with own_pass() as is_this_pass, ExitStack() as from_the_layer_up, ExitStack() as hooks:
         hooks.callback(layer.register_forward_hook(begin, prepend=True).remove)
@@ -76,7 +77,7 @@ def capture(model: nn.Module, target_layer: str) -> Iterator[Capture]:
             if kept.called and kept.without_gradients:
                 take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
     if not kept.called:
-        raise _not_called(target_layer, layer)
+        raise _not_called(kept.target_layer, layer)
 
 
 def _check(target_layer: str, output: object, *, called_before: bool) -> None:

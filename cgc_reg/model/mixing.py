@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from cgc_reg._warn import warn
 from cgc_reg.model.graph import nodes_between
+from cgc_reg.model.passes import ForwardPass
 from cgc_reg.model.statistics import norms_in_training
 
 # The layers of a model behind which norms were looked for, and how many norms were in training then: the walk through
@@ -15,19 +16,18 @@ from cgc_reg.model.statistics import norms_in_training
 _LOOKED_BEHIND: WeakKeyDictionary[nn.Module, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
-def warn_if_images_mix(model: nn.Module, target_layer: str, layer_output: Tensor, logits: Tensor) -> None:
+def warn_if_images_mix(model: nn.Module, made: ForwardPass) -> None:
     """Warn of a BatchNorm in training between the layer and the logits, not of one in a branch around the layer.
 
     Args:
         model: not wrapped.
-        target_layer: its layer's name.
-        layer_output, logits: of one pass, with its graph.
+        made: its pass, with a graph.
     """
-    looked_behind, here = _LOOKED_BEHIND.setdefault(model, set()), (target_layer, norms_in_training(model))
+    looked_behind, here = _LOOKED_BEHIND.setdefault(model, set()), (made.target_layer, norms_in_training(model))
     if here in looked_behind:
         return
     looked_behind.add(here)
-    for node in nodes_between(layer_output, logits):
+    for node in nodes_between(made.layer_output, made.inner_logits):
         # An InstanceNorm is the BatchNorm of a batch of one.
         mixing = "BatchNorm" in type(node).__name__ and any(given.shape[0] > 1 for given in node._input_metadata)
         if mixing and getattr(node, "_saved_training", True):

@@ -25,18 +25,21 @@ class ForwardPass:
 
     logits: Tensor  # (n, k), as the model returned them
     inner_logits: Tensor  # the same, from inside DistributedDataParallel
+    target_layer: str  # the layer's name in the unwrapped model
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
     output: Any  # what the model returned
 
 
-def forward_pass(model: nn.Module, x: Tensor, target_layer: str, output_fn: OutputFunction | None) -> ForwardPass:
+def forward_pass(
+    model: nn.Module, x: Tensor, target_layer: str | nn.Module, output_fn: OutputFunction | None
+) -> ForwardPass:
     """Run the model on x as it was written, and keep what a layer puts out.
 
     Args:
         model: wrapped or not; the pass goes through DistributedDataParallel, which arms its synchronisation.
         x: images (n, c, h, w).
-        target_layer: dotted name in the unwrapped model.
+        target_layer: dotted name in the unwrapped model, or the layer itself.
         output_fn: takes the model's output to logits (n, k); by default see :func:`find_logits`.
     """
     if not torch.is_grad_enabled():
@@ -50,12 +53,12 @@ def forward_pass(model: nn.Module, x: Tensor, target_layer: str, output_fn: Outp
     warn_if_compiled(model)
     made, kept = _run(model, x, target_layer, output_fn)
     if kept.without_gradients:
-        check_frozen_block(unwrap(model), x, target_layer, made.inner_logits, output_fn)
+        check_frozen_block(unwrap(model), x, made.target_layer, made.inner_logits, output_fn)
     return made
 
 
 def _run(
-    model: nn.Module, x: Tensor, target_layer: str, output_fn: OutputFunction | None
+    model: nn.Module, x: Tensor, target_layer: str | nn.Module, output_fn: OutputFunction | None
 ) -> tuple[ForwardPass, Capture]:
     inner, parallel = unwrap(model), data_parallel(model)
     inner_outputs: list[Any] = []
@@ -72,7 +75,7 @@ def _run(
         # Also here gradients are on: `output_fn` may compute something.
         logits = find_logits(output, output_fn, len(x))
         inner_logits = logits if parallel is None else find_logits(inner_outputs[0], output_fn, len(x))
-    return ForwardPass(logits, inner_logits, kept.output, kept.channels_last, output), kept
+    return ForwardPass(logits, inner_logits, kept.target_layer, kept.output, kept.channels_last, output), kept
 
 
 def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: OutputFunction | None) -> ForwardPass:
@@ -85,6 +88,6 @@ def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: 
     """
     with nullcontext() if torch.is_grad_enabled() else without_autocast_cache(), own_pass():
         output, layer_output = model(x)
-    _, layer = find_layer(unwrap(exposed), exposed.target_layer)
+    name, layer = find_layer(unwrap(exposed), exposed.target_layer)
     logits = find_logits(output, output_fn, len(x))
-    return ForwardPass(logits, logits, layer_output, is_channels_last(layer, layer_output), output)
+    return ForwardPass(logits, logits, name, layer_output, is_channels_last(layer, layer_output), output)

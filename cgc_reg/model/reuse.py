@@ -29,19 +29,50 @@ class KeptPass:
 
     x: Tensor
     state: tuple[object, ...]
-    layer_outputs: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    layer_outputs: list[Tensor] = field(default_factory=list)
     inner_output: Any = None
     output: Any = None
     versions: list[int] = field(default_factory=list)  # of the output's tensors
 
 
 class KeptPasses:
-    """The passes of one model that show one layer, while :func:`keep_passes` lasts."""
+    """The passes of one model that show one layer, while :func:`keep_passes` lasts; its methods are hooks."""
 
-    def __init__(self, model: nn.Module, target_layer: str) -> None:
+    def __init__(self, model: nn.Module, target_layer: str | nn.Module) -> None:
         self.model = model
-        self.target_layer = target_layer
+        self.inner = unwrap(model)
+        self.target_layer, self.layer = find_layer(self.inner, target_layer)
         self.passes: list[KeptPass] = []
+        self.going: KeptPass | None = None
+        self.above_the_layer = ExitStack()
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See whether a pass that begins can be reused."""
+        x = _only_input(self.inner, args, kwargs)
+        self.going = None
+        if x is not None and not x.is_inference() and torch.is_grad_enabled() and not is_own_pass():
+            self.going = KeptPass(x, _state(self.model, x))
+
+    def keep(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Keep what the layer puts out, and let a clone flow on, as in a pass of ours."""
+        if self.going is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        self.going.layer_outputs.append(output)
+        self.above_the_layer.enter_context(unfused_attention())
+        return output.clone()
+
+    def end_inside(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep what the model inside DistributedDataParallel puts out."""
+        if self.going is not None:
+            self.going.inner_output = output
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep a pass that called the layer once; one that raised has no output."""
+        self.above_the_layer.close()
+        going, self.going = self.going, None
+        if going is not None and output is not None and len(going.layer_outputs) == 1:
+            going.output, going.versions = output, _versions(output)
+            self.passes.append(going)
 
 
 # What the `keep_passes` of this thread keep. An explainer is a value and has no place for it.
@@ -61,9 +92,9 @@ def find_kept_pass(
             if kept.x is x and kept.state == _state(model, x) and kept.versions == _versions(kept.output):
                 logits = find_logits(kept.output, output_fn, len(x))
                 inner_logits = find_logits(kept.inner_output, output_fn, len(x))
-                (layer, layer_output), *_ = kept.layer_outputs
-                channels_last = is_channels_last(layer, layer_output)
-                return ForwardPass(logits, inner_logits, layer_output, channels_last, kept.output)
+                (layer_output,) = kept.layer_outputs
+                channels_last = is_channels_last(passes.layer, layer_output)
+                return ForwardPass(logits, inner_logits, passes.target_layer, layer_output, channels_last, kept.output)
     return None
 
 
@@ -129,51 +160,20 @@ def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Non
         model: wrapped or not.
         target_layer: dotted name in the unwrapped model, or the layer itself.
     """
-    inner = unwrap(model)
-    name, layer = find_layer(inner, target_layer)
-    kept = KeptPasses(model, name)
+    kept = KeptPasses(model, target_layer)
     if is_compiled(model):
         yield
         return
-    going: list[KeptPass] = []
-
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        going.clear()
-        x = _only_input(inner, args, kwargs)
-        if x is not None and not x.is_inference() and torch.is_grad_enabled() and not is_own_pass():
-            going.append(KeptPass(x, _state(model, x)))
-
-    def keep(module: nn.Module, args: Any, output: Any) -> Any:
-        if not going or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        going[0].layer_outputs.append((module, output))
-        # As in a pass of ours: what is above the layer is differentiated twice, and may work in place.
-        above_the_layer.enter_context(unfused_attention())
-        return output.clone()
-
-    def end_inside(module: nn.Module, args: Any, output: Any) -> None:
-        for one in going:
-            one.inner_output = output
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        above_the_layer.close()
-        for one in going:
-            one.output, one.versions = output, _versions(output)
-            if output is not None and len(one.layer_outputs) == 1:
-                kept.passes.append(one)
-        going.clear()
-
-    with ExitStack() as above_the_layer, ExitStack() as hooks:
+    with kept.above_the_layer, ExitStack() as hooks:
         for handle in (
-            model.register_forward_pre_hook(_Hook(begin), with_kwargs=True),
-            layer.register_forward_hook(_Hook(keep)),
-            inner.register_forward_hook(_Hook(end_inside)),
-            model.register_forward_hook(_Hook(end), always_call=True),  # also when the pass raises
+            model.register_forward_pre_hook(_Hook(kept.begin), with_kwargs=True),
+            kept.layer.register_forward_hook(_Hook(kept.keep)),
+            kept.inner.register_forward_hook(_Hook(kept.end_inside)),
+            model.register_forward_hook(_Hook(kept.end), always_call=True),  # also when the pass raises
+            # Fused optimizers change weights without moving their versions.
+            register_optimizer_step_post_hook(lambda *_: kept.passes.clear()),
         ):
             hooks.callback(handle.remove)
-        # Fused optimizers change weights without moving their versions.
-        forget = register_optimizer_step_post_hook(lambda *_: kept.passes.clear())
-        hooks.callback(forget.remove)
         _KEPT.set((*_KEPT.get(), kept))
         try:
             yield
