@@ -229,7 +229,7 @@ class CGCRegularizer(nn.Module):
             RuntimeError: the layer was not called, or its heatmap cannot be trained on.
         """
         has_pass = isinstance(self.explainer, AtLayer) and self.explainer.reuses(model, x)
-        return self._step(self._g if has_pass else self._g_of_extra_pass, model, x, target).loss
+        return self._step(self._g if has_pass else self._g_beside_the_loop, model, x, target).loss
 
     @outside_inference_mode()
     def compute(
@@ -310,20 +310,13 @@ class CGCRegularizer(nn.Module):
             model, x, target, view, transform: as for :meth:`compute`.
         """
         x, view = ordinary(x), ordinary(view)
-        _check_inputs(x, view, transform)
-        if self.loss == "info_nce" and not self.gather_distributed:
-            check_negatives(len(x))  # before the model runs and updates its statistics
-        target = as_target(ordinary(target), len(x), x.device)
-        if isinstance(self.explainer, AtLayer):
-            self.explainer = self.explainer.with_layer(model, x)
-
-        image = g(model, x, target)
+        self._check(model, x, view, transform)
+        image = g(model, x, as_target(ordinary(target), len(x), x.device))
         if transform is None:
             transform = self._draw(x)
         if view is None:
             view = transform(x, self.view_size)
-        with torch.no_grad() if self.detach_key else nullcontext():
-            seen = self._g_of_extra_pass(inside_data_parallel(model), view, image.target)
+        seen = self._g_of_view(model, view, image.target)
 
         size = (seen.heatmap.shape[1], seen.heatmap.shape[2])
         coverage = transform.coverage(size)
@@ -343,6 +336,14 @@ class CGCRegularizer(nn.Module):
             scalars={"loss": loss.detach().mean(), **consistency(query, key)},
             output=image.output,
         )
+
+    def _check(self, model: nn.Module, x: Tensor, view: Tensor | None, transform: SpatialTransform | None) -> None:
+        """Refuse what cannot be compared before the model runs, and let g have its layer."""
+        _check_inputs(x, view, transform)
+        if self.loss == "info_nce" and not self.gather_distributed:
+            check_negatives(len(x))
+        if isinstance(self.explainer, AtLayer):
+            self.explainer = self.explainer.with_layer(model, x)
 
     def _g(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
         """Explain images, on the grid on which heatmaps are compared."""
@@ -365,9 +366,14 @@ class CGCRegularizer(nn.Module):
         larger = F.interpolate(seen.heatmap[:, None], self.heatmap_size, mode="bilinear", align_corners=False)
         return replace(seen, heatmap=larger[:, 0])
 
-    def _g_of_extra_pass(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
-        """Explain images by a pass that leaves the model as found."""
+    def _g_beside_the_loop(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
+        """Explain images that the loop passes itself: in DistributedDataParallel this may be its only pass."""
         return extra_pass(lambda running: self._g(running, x, target), model, self.bn_mode)
+
+    def _g_of_view(self, model: nn.Module, view: Tensor, target: Tensor) -> Explanation:
+        """Explain views, without DistributedDataParallel, which has had its pass."""
+        with torch.no_grad() if self.detach_key else nullcontext():
+            return extra_pass(lambda running: self._g(running, view, target), inside_data_parallel(model), self.bn_mode)
 
     def _draw(self, x: Tensor) -> SpatialTransform:
         size = (x.shape[2], x.shape[3])

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cgc_reg import RandomResizedCropFlip, expose_layer
+from cgc_reg import GradCAM, RandomResizedCropFlip, expose_layer
 
 WORLDS = [2, 3]
 BATCH = 3  # of each process
@@ -62,6 +62,10 @@ def call_alone(model, share, **options):
     return regularizer(share, **options)(model, X[share])
 
 
+def heatmap_alone(model, share):
+    return GradCAM("features")(model, X[share]).heatmap.square().mean()
+
+
 LOOPS = {"compute": compute, "call": call, "compute alone": compute_alone, "call alone": call_alone}
 WRAPPERS = {
     "default": {},
@@ -71,9 +75,10 @@ WRAPPERS = {
 }
 SHARDING = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 runs on CPUs from torch 2.7 on
 SHARDED_LOOPS = LOOPS if SHARDING else ()
+ALL_LOOPS = {**LOOPS, "heatmap alone": heatmap_alone}
 TRAININGS = [
     (loop, wrapper, accumulate)
-    for loop, wrapper, accumulate in itertools.product(LOOPS, WRAPPERS, [False, True])
+    for loop, wrapper, accumulate in itertools.product(ALL_LOOPS, WRAPPERS, [False, True])
     if not (wrapper == "static graph" and accumulate)  # PyTorch's own training stops at an internal assertion there
 ]
 
@@ -109,7 +114,7 @@ def whole(parameter):
 def ddp(rank, loop, wrapper, accumulate):
     inner = network(nn.BatchNorm2d)
     model = DistributedDataParallel(inner, **WRAPPERS[wrapper])
-    return train(rank, model, inner, LOOPS[loop], accumulate)
+    return train(rank, model, inner, ALL_LOOPS[loop], accumulate)
 
 
 def compiled_ddp(rank):

@@ -14,7 +14,7 @@ from strategies import generator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cgc_reg import CGCRegularizer, RandomResizedCropFlip, explain, info_nce, suggest_target_layer
+from cgc_reg import CGCRegularizer, GradCAM, LayerCAM, RandomResizedCropFlip, explain, info_nce, suggest_target_layer
 
 PROCESSES = 2
 X = torch.randn(6, 3, 16, 16, generator=generator(0), dtype=torch.float64)
@@ -72,6 +72,27 @@ def call_step_of_the_module(model, share):
     return F.cross_entropy(model(X[share]), Y[share]) + cgc
 
 
+def heatmap_alone(model, share):
+    return GradCAM("features")(model, X[share], Y[share]).heatmap.square().sum(dim=(1, 2)).mean()
+
+
+def heatmap_step(model, share):
+    seen = GradCAM("features")(model, X[share], Y[share])
+    return F.cross_entropy(seen.logits, Y[share]) + seen.heatmap.square().sum(dim=(1, 2)).mean()
+
+
+def heatmaps_of_two_layers(model, share):
+    return heatmap_step(model, share) + LayerCAM("features.2")(model, X[share], Y[share]).heatmap.mean()
+
+
+def heatmap_of_the_loops_pass(model, share):
+    g = GradCAM("features")
+    with g.reuse(model):
+        logits = model(X[share])
+        heatmap = g(model, X[share], Y[share]).heatmap
+    return F.cross_entropy(logits, Y[share]) + heatmap.square().sum(dim=(1, 2)).mean()
+
+
 def plain(model):
     return model
 
@@ -96,6 +117,13 @@ SCENARIOS = {
     "compute, compiled inside": (compiled_inside, compute_step),
     "call, compiled inside": (compiled_inside, call_step),
 }
+HEATMAP_STEPS = {
+    "heatmap alone": heatmap_alone,
+    "heatmap": heatmap_step,
+    "heatmaps of two layers": heatmaps_of_two_layers,
+    "heatmap of the loop's pass": heatmap_of_the_loops_pass,
+}
+SCENARIOS |= {name: (DistributedDataParallel, step) for name, step in HEATMAP_STEPS.items()}
 STEPS = [name for name in SCENARIOS if name.startswith(("compute", "call"))]
 
 
@@ -166,6 +194,7 @@ BYPASSING = {
     "the compiled module": lambda model, x: regularizer(SHARE[0]).compute(
         torch.compile(model.module, backend="eager"), x
     ),
+    "the module, by an explainer": lambda model, x: GradCAM("features")(model.module, x),
     "a part of it": lambda model, x: regularizer(SHARE[0]).compute(model.module.model, x),
 }
 SYNCHRONISED = {
@@ -247,6 +276,15 @@ def test_gathering_makes_a_difference(results):
 def test_data_parallel_training_has_the_gradients_of_the_global_batch(results, name, rank):
     expected = alone(plain_step)
     actual = {**results[rank][name], "loss": expected["loss"]}  # the loss is that of the process's own share
+    assert "error" not in actual, actual["error"]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", HEATMAP_STEPS)
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_a_loss_on_the_heatmap_has_the_gradients_of_the_global_batch(results, name, rank):
+    expected = alone(HEATMAP_STEPS[name])
+    actual = {**results[rank][name], "loss": expected["loss"]}
     assert "error" not in actual, actual["error"]
     torch.testing.assert_close(actual, expected)
 

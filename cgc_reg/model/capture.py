@@ -13,7 +13,6 @@ from cgc_reg._checks import describe
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.own import own_pass
-from cgc_reg.model.statistics import take_buffers_out_of_graph
 
 
 class Capture:
@@ -75,7 +74,7 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
         finally:
             torch.set_grad_enabled(grad_enabled)
             if kept.called and kept.without_gradients:
-                take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
+                _take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
     if not kept.called:
         raise _not_called(kept.target_layer, layer)
 
@@ -104,3 +103,13 @@ def _not_called(target_layer: str, layer: nn.Module) -> RuntimeError:
         f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not call. "
         f"{repair}"
     )
+
+
+def _take_buffers_out_of_graph(model: nn.Module) -> None:
+    """Detach each buffer that has a gradient to hand on, which no buffer should."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.grad_fn is not None and buffer._is_view():  # cannot be detached in place
+                setattr(module, name, buffer.detach())
+            elif buffer.grad_fn is not None:
+                buffer.detach_()

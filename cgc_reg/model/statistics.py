@@ -65,13 +65,3 @@ def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
 def norms_in_training(model: nn.Module) -> int:
     """Count the BatchNorms that normalise with a batch's statistics."""
     return sum(isinstance(module, _BatchNorm) and module.training for module in model.modules())
-
-
-def take_buffers_out_of_graph(model: nn.Module) -> None:
-    """Detach each buffer that has a gradient to hand on, which no buffer should."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.grad_fn is not None and buffer._is_view():  # cannot be detached in place
-                setattr(module, name, buffer.detach())
-            elif buffer.grad_fn is not None:
-                buffer.detach_()
