@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 
 def describe(value: object) -> str:
@@ -71,7 +72,7 @@ def check_generator(name: str, value: object) -> None:
         )
 
 
-def is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeIs[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

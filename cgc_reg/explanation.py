@@ -39,7 +39,7 @@ class Explainer(Protocol):
     inner gradients need ``create_graph=True``.
 
     Example:
-        >>> def input_gradient(model, x, target=None):
+        >>> def input_gradient(model, x, target):
         ...     x = x.detach().requires_grad_()
         ...     logits = model(x)
         ...     target = logits.argmax(dim=1) if target is None else target
@@ -49,7 +49,7 @@ class Explainer(Protocol):
         >>> reg = CGCRegularizer(input_gradient)
     """
 
-    def __call__(self, model: nn.Module, x: Tensor, target: Any = None, /) -> Explanation:
+    def __call__(self, model: nn.Module, x: Tensor, target: Tensor | None, /) -> Explanation:
         """Explain the model's scores for x."""
 
 

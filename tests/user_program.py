@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cgc_reg import (
+    CAM,
     CGCOutput,
     CGCRegularizer,
     Consistency,
+    Explainer,
+    Explanation,
     GradCAM,
     LayerExplainer,
     RandomAffine,
@@ -30,6 +33,25 @@ def my_rule(activation: Tensor, gradient: Tensor) -> Tensor:
 
 def term(reg: CGCRegularizer, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return reg(model, x, target=y)  # an error of mypy's, if this were anything at all
+
+
+def saliency(model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
+    x = x.detach().requires_grad_()
+    logits: Tensor = model(x)
+    target = logits.argmax(dim=1) if target is None else target
+    (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), x, create_graph=True)
+    return Explanation(gradient.abs().amax(dim=1), logits, target)
+
+
+def heatmap_step(model: nn.Module, x: Tensor, y: Tensor, masks: Tensor) -> Tensor:
+    g = GradCAM(model.get_submodule("layer4"))
+    seen = g(model, x, target=y)
+    with g.reuse(model):
+        model(x)
+        both: Tensor = seen.heatmap + g(model, x, [0, 1]).heatmap + CAM("layer4", head="fc")(model, x, 3).heatmap
+    explainers: list[Explainer] = [g, saliency, LayerExplainer(None, my_rule)]
+    consistent = [CGCRegularizer(explainer)(model, x) for explainer in explainers]
+    return cross_entropy(seen.logits, y) + (both * ~masks).mean() + torch.stack(consistent).sum()
 
 
 def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
