@@ -1,4 +1,6 @@
-"""What every test and every docstring's example gets: a fixed seed, and for the latter the names that they use."""
+"""What each test and each docstring's example gets: one thread, a fixed seed, and for the latter the names it uses."""
+
+import os
 
 import pytest
 import torch
@@ -7,6 +9,10 @@ import torchvision
 from torch import nn
 
 import cgc_reg
+
+# Threads wait for one another longer than they work on images as small as these, above all on a machine that does other
+# things too. Processes that tests start read the variable.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 DEMO = (
-    "examples/train_imagenette.py --data shapes --arch small_resnet --compare --side-by-side --cross-entropy-views 2 "
+    "-m lab train --data shapes --arch small_resnet --compare --side-by-side --cross-entropy-views 2 "
     "--crop-scale 0.5 --lr 0.1 --epochs 24 --lam-warmup-epochs 6 --validate-every 3 --workers 0 "
     "--out runs/demo --resume"
 )
@@ -39,7 +39,9 @@ def main() -> int:
     commands[-1] += sys.argv[2:]
     extra = "examples" if sys.argv[1] == "demo" else "dev"
     set_up(extra)
-    return max(subprocess.call([PYTHON, *command], cwd=ROOT) for command in commands)
+    paths = [str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]  # the first is where the lab is
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return max(subprocess.call([PYTHON, *command], cwd=ROOT, env=environment) for command in commands)
 
 
 def set_up(extra: str) -> None:

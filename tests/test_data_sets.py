@@ -1,6 +1,5 @@
 """The data sets that the examples know by name, in the layouts of those who publish them, with drawn images."""
 
-import csv
 import random
 import sys
 from collections import Counter
@@ -14,15 +13,14 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-import image_data
-import measures
-import shapes
-import train_imagenette
 from cgc_reg import content_heatmap
 from cgc_reg.metrics import box_masks
-from checkpoint import load_checkpoint
-from data_sets import DATA_SETS, load_data
-from models import build_model
+from lab import image_data, measures, options, shapes
+from lab import train as lab_train
+from lab.checkpoint import load_checkpoint
+from lab.data_sets import DATA_SETS, load_data
+from lab.models import build_model
+from tests.tiny import TINY, history, write_images
 
 
 def draw(path, seed=0, height=48, width=64, mode="RGB"):
@@ -42,10 +40,8 @@ def load(name, root, image_size=32, seed=0):
 
 def train_one_epoch(tmp_path, *options):
     """Train as a person would, and return the row of metrics.csv."""
-    tiny = ["--arch", "small_resnet", "--image-size", "32", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
-    train_imagenette.main([*tiny, "--out", str(tmp_path / "run"), *map(str, options)])
-    with open(tmp_path / "run" / "cgc" / "metrics.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
+    lab_train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "run"), *map(str, options)])
+    (row,) = history(tmp_path / "run" / "cgc")
     return row
 
 
@@ -56,6 +52,61 @@ def assert_holds(data, *, train, validation):
     assert [label for _, label, *_ in data.validation] == validation
     assert data.train[0][0].shape == data.validation[0][0].shape == (3, 32, 32)
     assert default_collate([data.train[0][1]]).dtype == torch.long  # as cross-entropy needs it
+
+
+# ---- the built-in shapes
+
+
+def test_shapes_repeat_and_splits_differ():
+    first, again = (image_data.load_shapes(image_size=16, seed=3, train=32, validation=32) for _ in range(2))
+    assert torch.equal(first.train.images, again.train.images)
+    seen = {image.numpy().tobytes() for image in first.train.images}
+    assert not seen & {image.numpy().tobytes() for image in first.validation.images}
+
+
+def test_shapes_objects_have_one_area_whatever_the_class():
+    # Outlines enclose the same area whatever the class, so that area tells nothing of it. With 100 objects a class the
+    # standard error of the mean is 3 %.
+    _, label, mask = shapes.draw_shapes(700, size=64, seed=0)
+    share = mask.float().mean(dim=(1, 2))
+    for index in range(len(shapes.CLASSES)):
+        assert share[label == index].mean() == pytest.approx(share.mean().item(), rel=0.1)
+
+
+def test_shapes_masks_lie_on_the_object():
+    # The object has one colour, and what surrounds it has many.
+    image, label, mask = shapes.draw_shapes(64, size=64, seed=1)
+    for i in range(64):
+        if list(shapes.CLASSES)[label[i]] != "ring":
+            inside, outside = (image[i].float()[:, where].std(dim=1).mean() for where in (mask[i], ~mask[i]))
+            assert inside < outside
+
+
+# ---- Imagenette, and folders like it
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_images(tmp_path / "images")
+
+
+@pytest.mark.parametrize("size", image_data.IMAGENETTE_FOLDERS)
+def test_imagenette_is_taken_from_its_own_layout(folder, size):
+    folder.rename(folder.parent / image_data.IMAGENETTE_FOLDERS[size])
+    data = load_data("imagenette", root=folder.parent, size=size, image_size=32, seed=0)
+    assert data.classes == ["n01440764", "n02102040"]
+    assert (len(data.train), len(data.validation)) == (16, 8)
+    # torchvision reads the same folder as its own data set.
+    own = torchvision.datasets.Imagenette(folder.parent, split="train", size=size)
+    assert sorted(label for _, label in own._samples) == sorted(data.labels)
+
+
+def test_labels_are_kept_for_the_asked_share_of_each_class(folder):
+    data = image_data.load_folder(folder, image_size=32)
+    labeled, unlabeled = image_data.split_labeled(data, 0.25, seed=0)
+    assert sorted(data.labels[i] for i in labeled.indices) == [0, 0, 1, 1]
+    assert set(labeled.indices) | set(unlabeled.indices) == set(range(16))
+    assert not set(labeled.indices) & set(unlabeled.indices)
 
 
 # ---- CUB-200-2011
@@ -118,7 +169,7 @@ def test_a_pixel_is_in_the_box_when_its_centre_is():
 
 def test_cub200_training_measures_the_content_heatmap_in_boxes(birds, tmp_path):
     row = train_one_epoch(tmp_path, "--data", "cub200", "--root", tmp_path)
-    assert 0 < float(row["val_content_heatmap"]) < 1
+    assert 0 < row["val_content_heatmap"] < 1
 
 
 def test_cub200_that_cannot_be_used_is_one_sentence(birds, tmp_path):
@@ -164,7 +215,7 @@ def test_imagenets_boxes_are_all_on_the_object(imagenet):
 
 def test_imagenet_training_measures_the_content_heatmap_in_boxes(imagenet, tmp_path):
     row = train_one_epoch(tmp_path, "--data", imagenet)
-    assert 0 < float(row["val_content_heatmap"]) < 1
+    assert 0 < row["val_content_heatmap"] < 1
 
 
 @pytest.mark.parametrize(
@@ -355,7 +406,7 @@ def test_elpv_training_measures_balanced_accuracy(cells, tmp_path):
     with torch.no_grad():
         correct = model(x).argmax(dim=1) == y
     expected = (correct[y == 0].float().mean() + correct[y == 1].float().mean()) / 2
-    assert float(row["val_balanced_accuracy"]) == pytest.approx(expected.item(), abs=1e-6)
+    assert row["val_balanced_accuracy"] == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_elpv_that_cannot_be_used_is_one_sentence(cells, tmp_path, monkeypatch):
@@ -386,14 +437,14 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_there_are():
 def test_help_names_every_data_set(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # else a line may end within a name
     with pytest.raises(SystemExit):
-        train_imagenette.parse_args(["--help"])
+        options.parse_args(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, data_set in DATA_SETS.items():
         assert f"{name} ({data_set.about})" in printed
 
 
 @pytest.mark.parametrize(
-    ("options", "size"),
+    ("asked", "size"),
     [
         ("imagenette", 128),
         ("imagenette --size full", 224),
@@ -404,5 +455,5 @@ def test_help_names_every_data_set(capsys, monkeypatch):
         ("elpv --image-size 32", 32),
     ],
 )
-def test_images_have_the_size_that_suits_the_data(options, size):
-    assert train_imagenette.parse_args(["--data", *options.split()]).image_size == size
+def test_images_have_the_size_that_suits_the_data(asked, size):
+    assert options.parse_args(["--data", *asked.split()]).image_size == size

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import evaluate
-import image_data
-import train_imagenette
+from lab import evaluate, image_data
+from lab import train as lab_train
+from lab.models import build_model
 
 torchcam = pytest.importorskip("torchcam", reason="needs Python 3.11")
 
@@ -52,7 +52,7 @@ def test_blank_heatmaps_have_no_areas():
 
 def test_random_weights_are_new_where_asked_and_leave_the_model_alone():
     torch.manual_seed(1)
-    model = train_imagenette.build_model("small_resnet", 3)
+    model = build_model("small_resnet", 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
     head = evaluate.randomize(model, model.fc).state_dict()
@@ -75,9 +75,9 @@ def test_rank_correlation_is_that_of_ranks_and_leaves_out_flat_heatmaps():
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
     small = image_data.load_shapes(image_size=32, seed=0, train=16, validation=8)
-    for module in (train_imagenette, evaluate):
+    for module in (lab_train, evaluate):
         monkeypatch.setattr(module, "load_data", lambda *_, **__: small)
-    train_imagenette.main([*TINY, "--batch-size", "4", "--out", str(tmp_path / "run"), "--compare"])
+    lab_train.main([*TINY, "--batch-size", "4", "--out", str(tmp_path / "run"), "--compare"])
     return [str(tmp_path / "run" / name / "last.pt") for name in ("cross-entropy", "cgc")]
 
 

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own: their lines, their failures, Ctrl-C."""
+"""Scripts, and commands of the lab, in processes of their own: their lines, their failures, Ctrl-C."""
 
 import os
 import re
@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import jobs
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from lab import jobs
 
 
 def script(folder, text):
@@ -61,18 +59,17 @@ def test_after_a_failure_nothing_more_is_started():
 def test_interrupt_reaches_the_scripts_and_tells_what_they_said(tmp_path):
     program = script(
         tmp_path,
-        f"""
+        """
 import sys, time
-sys.path.insert(0, {str(EXAMPLES)!r})
 from functools import partial
-import jobs
+from lab import jobs
 if len(sys.argv) > 1:
     try:
         open(sys.argv[1], "w").close()
         time.sleep(100)
     except KeyboardInterrupt:
-        raise SystemExit(f"{{sys.argv[1]}} kept what it had") from None
-places = [f"{{__file__}}.{{i}}" for i in range(3)]
+        raise SystemExit(f"{sys.argv[1]} kept what it had") from None
+places = [f"{__file__}.{i}" for i in range(3)]
 list(jobs.run_all([partial(jobs.run_script, [__file__, place], threads=1) for place in places], at_a_time=2))
 """,
     )
@@ -81,7 +78,8 @@ list(jobs.run_all([partial(jobs.run_script, [__file__, place], threads=1) for pl
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    process = subprocess.Popen([sys.executable, *program], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    command, environment = [sys.executable, *program], jobs.lab_environment()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed, env=environment)
     try:
         deadline = time.monotonic() + 60
         while not all(Path(f"{program[0]}.{i}").exists() for i in range(2)) and time.monotonic() < deadline:

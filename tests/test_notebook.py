@@ -8,8 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lab import jobs
+
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "consistent_heatmaps.ipynb"
-RUN = [sys.executable, NOTEBOOK.with_name("run_notebook.py")]
+RUN = [sys.executable, *jobs.lab_command("notebook")]
 
 
 def cells():
@@ -22,7 +24,7 @@ def outputs(cell):
 
 def test_all_cells_run():
     # In a process of its own, since Jupyter's packages warn in ways that are not ours.
-    made = subprocess.run([*RUN, "--quick"], capture_output=True, text=True)
+    made = subprocess.run([*RUN, "--quick"], capture_output=True, text=True, env=jobs.lab_environment())
     assert made.returncode == 0, made.stderr
 
 
@@ -30,7 +32,7 @@ def test_a_failing_cell_is_an_error_and_leaves_the_file_alone(tmp_path):
     path = tmp_path / "broken.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
     before = path.read_text()
-    made = subprocess.run([*RUN, path, "--write"], capture_output=True, text=True)
+    made = subprocess.run([*RUN, path, "--write"], capture_output=True, text=True, env=jobs.lab_environment())
     assert made.returncode == 1
     assert "ZeroDivisionError" in made.stderr
     assert path.read_text() == before

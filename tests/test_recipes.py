@@ -1,6 +1,5 @@
 """The recipes, run as they are and without the lines that they mark as CGC's, on data small enough to wait for."""
 
-import ast
 import csv
 import inspect
 import re
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip
+from tests.marked import without_marked_lines, words_of_cgc
 from tests.pages import run_blocks
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
@@ -36,7 +36,6 @@ RECIPES = {
     "segmentation_output": TINY,
 }
 SCALARS = {"loss", "positive_similarity", "negative_similarity", "margin", "blank_share"}
-MARK = re.compile(r"\s*# CGC(?: - .*|, was: (?P<was>.*))?$")
 
 pytestmark = [
     # Lightning asks with a class that torch has deprecated.
@@ -46,24 +45,6 @@ pytestmark = [
     # Python's word on a loader's workers, once a logger has started a thread.
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
 ]
-
-
-def without_marked_lines(source):
-    """Take out what CGC adds, and put back what it replaced; the body of a marked `with` moves to its place."""
-    kept, outer = [], None
-    for line in source.splitlines():
-        indent = len(line) - len(line.lstrip())
-        if outer is not None and line.strip() and indent <= outer:
-            outer = None
-        dedent = 4 if outer is not None else 0
-        mark = MARK.search(line)
-        if mark is None:
-            kept.append(line[dedent:])
-        elif mark["was"] is not None:
-            kept.append(" " * (indent - dedent) + mark["was"])
-        elif line.lstrip().startswith("with "):
-            outer = indent
-    return "\n".join(kept)
 
 
 def load(name, monkeypatch, *, plain=False):
@@ -179,9 +160,7 @@ def test_marked_lines_are_all_of_cgc(name, run, finished):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_unmarked_lines_say_nothing_of_cgc(name):
-    source = (FOLDER / f"{name}.py").read_text()
-    code = ast.unparse(ast.parse(without_marked_lines(source.replace(ast.get_docstring(ast.parse(source)), ""))))
-    assert not re.findall(r"\w*cgc\w*|\breg\b|\blam\b|\w*margin\w*", code, re.IGNORECASE)
+    assert not words_of_cgc(without_marked_lines((FOLDER / f"{name}.py").read_text()))
 
 
 @pytest.mark.parametrize("name", RECIPES)

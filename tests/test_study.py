@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import study
-import study_report
-import train_imagenette
-from checkpoint import load_checkpoint, save_checkpoint
-from study_config import Setting, Study, read_study
+from lab import __main__ as command_line
+from lab import study, study_report
+from lab import train as lab_train
+from lab.checkpoint import load_checkpoint, save_checkpoint
+from lab.study_config import Setting, Study, read_study
+from tests.tiny import write_images
 
 EXPERIMENTS = Path(study.__file__).parent / "experiments"
-ROOT = EXPERIMENTS.parents[1]
+ROOT = Path(__file__).parents[1]
 STUDIES = sorted(EXPERIMENTS.glob("*.toml"))
 
 
@@ -42,23 +43,15 @@ baseline = "plain"
 
 @pytest.fixture
 def tiny(tmp_path):
-    import torchvision
-
-    import shapes
-
-    for split, count in (("train", 8), ("val", 4)):
-        images, _, _ = shapes.draw_shapes(2 * count, size=32, seed=count)
-        for i, image in enumerate(images):
-            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torchvision.transforms.functional.to_pil_image(image).save(path)
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path / "images"))
+    path.write_text(TINY.format(folder=write_images(tmp_path / "images")))
     return path
 
 
-def test_study_makes_each_training_once(tiny, tmp_path, capsys):
-    command = [str(tiny), "--out", str(tmp_path / "runs"), "--picture", str(tmp_path / "picture.png")]
+def test_study_makes_each_training_once(tiny, tmp_path, capsys, monkeypatch):
+    # In this process, which saves eight starts of Python; the next test makes its training in one of its own.
+    monkeypatch.setattr(study, "run_script", lambda command, **_: command_line.main(list(map(str, command[2:]))))
+    command = [str(tiny), "--out", str(tmp_path / "runs"), "--picture", str(tmp_path / "picture.png"), "--jobs", "1"]
     study.main([str(tiny), "--report"])
     assert capsys.readouterr().out == "There are no results yet.\n"
     study.main([*command, "--seeds", "0"])
@@ -85,7 +78,7 @@ def test_an_interrupted_training_counts_with_the_epochs_that_it_had_made(tiny, t
     plain = made.settings[0]
     place = tmp_path / "runs" / "0-0"
     options = made.options_of(plain).split()
-    train_imagenette.main([*options, "--seed", "0", "--out", str(place)])
+    lab_train.main([*options, "--seed", "0", "--out", str(place)])
     (last,) = place.glob("*/last.pt")
     state = load_checkpoint(last, device="cpu")
     state["history"][0]["seconds"] = 12345.0
@@ -194,8 +187,15 @@ def test_documentation_holds_the_report_of_each_study(path):
     assert [line for line in report.splitlines() if line.startswith("|") and line not in pages] == []
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_recorded_trainings_are_not_made_anew(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("a training was made anew"))
+    made = read_study(path)
+    study.run_study(made, study.Results(results_of(path)), tmp_path, seeds=made.seeds, jobs=1)
+
+
 def test_unknown_option_in_a_study_is_named_as_one_of_the_training(tmp_path, capsys):
     (tmp_path / "bad.toml").write_text(TINY.replace("--lam 0.5", "--lambda 0.5"))
     with pytest.raises(SystemExit):
         study.main([str(tmp_path / "bad.toml"), "--out", str(tmp_path / "runs")])
-    assert "train_imagenette.py: error: unrecognized arguments: --lambda 0.5" in capsys.readouterr().err
+    assert "python -m lab train: error: unrecognized arguments: --lambda 0.5" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""The training example in several processes, started by torchrun as a person would.
+"""A training of the lab in several processes, started by torchrun as a person would.
 
-Under torchrun this file itself trains as the example does, on a few shapes, and each process leaves a record of what it
+Under torchrun this file itself trains as the lab does, on a few shapes, and each process leaves a record of what it
 did in the folder that is the first argument.
 """
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, default_collate
 
-import image_data
-import train_imagenette
 from cgc_reg import CGCRegularizer, content_heatmap, explain
-from checkpoint import load_checkpoint
-from models import build_model
+from lab import image_data
+from lab import train as lab_train
+from lab.checkpoint import load_checkpoint
+from lab.models import build_model
+from tests.tiny import write_images
 
 ROOT = Path(__file__).parents[1]
 BATCH, EPOCHS = 4, 2
@@ -60,7 +60,7 @@ def work(folder, *options):
     sys.addaudithook(lambda event, args: renamed.append(str(args[1])) if event == "os.rename" else None)
     data = few_shapes()
     data.train = Recorded(data.train)
-    train, write_history = train_imagenette.train, train_imagenette.write_history
+    train, write_history = lab_train.train, lab_train.write_history
 
     def recorded_train(*args):
         data.train.taken = []
@@ -80,10 +80,10 @@ def work(folder, *options):
         if len(history) == 1:
             shutil.copy(path.with_name("last.pt"), path.with_name("first.pt"))
 
-    train_imagenette.load_data = lambda *_, **__: data
-    train_imagenette.train = recorded_train
-    train_imagenette.write_history = write_history_and_keep
-    train_imagenette.main([*TINY, "--data", "shapes", "--workers", "0", *options])
+    lab_train.load_data = lambda *_, **__: data
+    lab_train.train = recorded_train
+    lab_train.write_history = write_history_and_keep
+    lab_train.main([*TINY, "--data", "shapes", "--workers", "0", *options])
     torch.save({"renamed": renamed, "runs": runs}, f"{folder}/{os.environ['RANK']}.pt")
 
 
@@ -222,14 +222,10 @@ def test_unlabelled_images_two_views_and_gathered_negatives(tmp_path):
 
 def broken_image(whole, tmp_path):
     """One process meets an image that cannot be read."""
-    for split in ("train", "val"):
-        for i in range(16):
-            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torchvision.utils.save_image(torch.rand(3, 40, 40), path)
-    (tmp_path / "images" / "train" / "a" / "0.png").write_bytes(b"not an image")
-    script = [ROOT / "examples" / "train_imagenette.py", *TINY, "--workers", "1"]
-    return [*script, "--data", tmp_path / "images"], r"error: the image .*0\.png cannot be read"
+    images = write_images(tmp_path / "images")
+    (images / "train" / "n01440764" / "0.JPEG").write_bytes(b"not an image")
+    command = ["-m", "lab", "train", *TINY, "--workers", "1"]
+    return [*command, "--data", images], r"error: the image .*0\.JPEG cannot be read"
 
 
 def other_number(whole, tmp_path):

@@ -1,10 +1,10 @@
 """Make the trainings of a study, each once, and report them.
 
-    python examples/study.py examples/experiments/losses.toml            # runs what is missing, then reports
-    python examples/study.py examples/experiments/losses.toml --report   # reports what there is
+    python -m lab study lab/experiments/losses.toml            # runs what is missing, then reports
+    python -m lab study lab/experiments/losses.toml --report   # reports what there is
 
-A study is a file: options of train_imagenette.py for each setting, repeated over seeds. What a training came to is one
-line of results/NAME.jsonl beside that file; a training that has its line is not repeated, one that was interrupted
+A study is a file: options of `python -m lab train` for each setting, repeated over seeds. What a training came to is
+one line of results/NAME.jsonl beside that file; a training that has its line is not repeated, one that was interrupted
 goes on. Trainings run a few at a time, with one thread each: on two cores that is faster than two threads for one.
 """
 
@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, write_whole
-from evaluate import NOT_INSTALLED
-from jobs import run_all, run_script
-from study_config import Setting, Study, read_study
-from study_report import draw_study, study_report
-from train_imagenette import parse_args, settings
+from lab.checkpoint import load_checkpoint, write_figure, write_whole
+from lab.evaluate import NOT_INSTALLED
+from lab.jobs import lab_command, run_all, run_script
+from lab.options import parse_args, settings
+from lab.study_config import Setting, Study, read_study
+from lab.study_report import draw_study, study_report
 
 HERE = Path(__file__).parent
 
@@ -80,14 +80,14 @@ def decisive(options: str) -> dict[str, str]:
 def train(study: Study, setting: Setting, seed: int, folder: Path, on_line: Callable[[str], object]) -> dict[str, Any]:
     """Make one training and evaluate it."""
     options = study.options_of(setting)
-    script = [HERE / "train_imagenette.py", *options.split(), "--seed", str(seed), "--out", folder, "--resume"]
-    run_script(script, threads=1, on_line=on_line)
+    command = lab_command("train", *options.split(), "--seed", str(seed), "--out", folder, "--resume")
+    run_script(command, threads=1, on_line=on_line)
     (last,) = folder.glob("*/last.pt")
     trained = sum(epoch["seconds"] for epoch in load_checkpoint(last, device="cpu")["history"])
     began = time.perf_counter()
     found = folder / "found.json"
-    script = [HERE / "evaluate.py", last, *study.evaluate.split(), "--json", found]
-    run_script([*script, "--out", folder / "evaluation.png"], threads=1)
+    command = lab_command("evaluate", last, *study.evaluate.split(), "--json", found)
+    run_script([*command, "--out", folder / "evaluation.png"], threads=1)
     (values,) = json.loads(found.read_text()).values()
     if missing := set(study.metrics) - values.keys():
         raise SystemExit(f"error: {last} was evaluated without {', '.join(sorted(missing))}. {NOT_INSTALLED}")
@@ -137,8 +137,8 @@ def runs_of(study: Study, results: Results) -> dict[Setting, dict[int, dict[str,
 
 def main(argv: list[str] | None = None) -> None:
     """Run and report one study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path, help="a file such as examples/experiments/losses.toml")
+    parser = argparse.ArgumentParser(prog="python -m lab study", description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="a file such as lab/experiments/losses.toml")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--seeds", type=int, nargs="+", help="fewer seeds, or others (default: the study's)")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, of one thread each")
@@ -154,9 +154,4 @@ def main(argv: list[str] | None = None) -> None:
     if results.rows:
         print(f"\n{len(results.rows)} trainings of its own, one thread each: {results.minutes():.0f} min in sequence.")
     if args.picture:
-        figure = draw_study(study, runs)
-        write_whole(args.picture, lambda path: figure.savefig(path, format="png", dpi=120))
-
-
-if __name__ == "__main__":
-    main()
+        write_figure(args.picture, draw_study(study, runs))

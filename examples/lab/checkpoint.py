@@ -8,9 +8,12 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -27,6 +30,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a picture, in the format that its name ends in."""
+    write_whole(path, lambda partial: figure.savefig(partial, format=path.suffix[1:] or "png", dpi=120))
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Scripts that run in processes of their own, several at a time."""
+"""Scripts, and commands of the lab, that run in processes of their own, several at a time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ from pathlib import Path
 from typing import TypeVar
 
 Result = TypeVar("Result")
+EXAMPLES = Path(__file__).parents[1]
+
+
+def lab_command(name: str, *options: str | Path) -> list[str | Path]:
+    """Return a command of the lab, as Python takes it."""
+    return ["-m", "lab", name, *options]
+
+
+def lab_environment() -> dict[str, str]:
+    """Return the environment in which Python finds the lab, whatever the current folder is."""
+    paths = [str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def run_script(
     command: list[str | Path], *, threads: int, on_line: Callable[[str], object] = lambda line: None
 ) -> None:
-    """Run a Python script with so many threads, and hand on what it prints, line by line.
+    """Run Python on a script, or a command of the lab, with so many threads; hand on what it prints, line by line.
 
     Raises:
         SystemExit: it failed; with its last words.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**lab_environment(), "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         with subprocess.Popen(
             [sys.executable, "-u", *command], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
@@ -31,7 +43,8 @@ def run_script(
                 on_line(line.rstrip())
         if process.returncode:
             errors.seek(0)
-            last = errors.read().strip().splitlines()[-1:] or [f"error: {command[0]} ended with {process.returncode}"]
+            name = " ".join(map(str, command[:3]))
+            last = errors.read().strip().splitlines()[-1:] or [f"error: {name} ended with {process.returncode}"]
             raise SystemExit(last[0])
 
 

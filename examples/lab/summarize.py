@@ -1,4 +1,4 @@
-"""Print mean and range over several runs: `python examples/summarize.py runs/seed-*`, each made with --compare."""
+"""Print mean and range over several runs: `python -m lab summarize runs/seed-*`, each made with --compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparison import table
+from lab.comparison import table
 
 
 def last_epoch(path: Path) -> dict[str, float]:
@@ -38,14 +38,10 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="--out folders of train_imagenette.py --compare")
+    parser = argparse.ArgumentParser(prog="python -m lab summarize", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="--out folders of `python -m lab train --compare`")
     args = parser.parse_args(argv)
     try:
         print(f"Mean (lowest to highest) over {len(args.runs)} runs:\n\n{side_by_side(args.runs)}")
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error.filename} is missing; the run must be made with --compare.") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Evaluate trained models side by side: accuracy, heatmaps, and whether heatmaps show what a model goes by.
 
-    python examples/evaluate.py runs/demo/cross-entropy/last.pt runs/demo/cgc/last.pt
-    python examples/evaluate.py CHECKPOINT... --data DIR --json found.json
+    python -m lab evaluate ../runs/demo/cross-entropy/last.pt ../runs/demo/cgc/last.pt
+    python -m lab evaluate CHECKPOINT... --data DIR --json found.json
 
 Insertion and deletion areas are torch-cam's (`pip install ".[evaluation]"`, Python 3.11 or newer; left out without it).
 """
@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from cgc_reg import explain
 from cgc_reg.visualization import gallery
-from checkpoint import load_checkpoint, write_whole
-from comparison import draw, examples_of, heatmap_columns, table, with_views, written
-from data_sets import load_data
-from image_data import Data, DataError, denormalize
-from measures import measure_model
-from models import build_model
+from lab.checkpoint import load_checkpoint, write_figure, write_whole
+from lab.comparison import draw, examples_of, heatmap_columns, table, with_views, written
+from lab.data_sets import load_data
+from lab.image_data import Data, DataError, denormalize
+from lab.measures import measure_model
+from lab.models import build_model
 
 NOT_INSTALLED = 'Insertion and deletion are left out: pip install ".[evaluation]" (Python 3.11 or newer).'
 
@@ -136,12 +136,13 @@ def load_models(args: argparse.Namespace) -> tuple[dict[str, nn.Module], list[di
     return models, saved
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table and draw the picture."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m lab evaluate",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="last.pt or best.pt of train_imagenette.py")
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="last.pt or best.pt of `python -m lab train`")
     parser.add_argument("--data", help="as for the training (default: what the first was trained on)")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets that come as files")
     parser.add_argument("--layer", help="layer of the heatmaps (default: the one of each training)")
@@ -154,37 +155,43 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.images < 1 or args.batch_size < 2:
         parser.error(f"--images must be at least 1, and --batch-size 2; got {args.images} and {args.batch_size}.")
+    return args
 
+
+def evaluate_all(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Return the columns of a picture, and what was measured of each model."""
     models, saved = load_models(args)
     first, settings = saved[0], saved[0]["settings"]
+    data = load_data(
+        args.data or settings["data"],
+        root=args.root,
+        size=settings["size"],
+        image_size=first["image_size"],
+        seed=int(settings["seed"]),
+    )
+    if data.classes != first["classes"]:
+        raise DataError(f"the models know {len(first['classes'])} classes, and these are others; check --data.")
+    images = examples_of(data.validation, 6).to(args.device)
+    pairs = with_views(images, draw(images))
+    columns, found = {"image": denormalize(pairs)}, {}
+    for (name, model), one in zip(models.items(), saved, strict=True):
+        layer = args.layer or one["layer"]
+        columns |= heatmap_columns(model, layer, pairs, name)
+        found[name] = evaluate(model, layer, data, args)
+    return columns, found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and draw the picture."""
+    args = parse_args(argv)
     try:
-        data = load_data(
-            args.data or settings["data"],
-            root=args.root,
-            size=settings["size"],
-            image_size=first["image_size"],
-            seed=int(settings["seed"]),
-        )
-        if data.classes != first["classes"]:
-            raise DataError(f"the models know {len(first['classes'])} classes, and these are others; check --data.")
-        images = examples_of(data.validation, 6).to(args.device)
-        pairs = with_views(images, draw(images))
-        columns, found = {"image": denormalize(pairs)}, {}
-        for (name, model), one in zip(models.items(), saved, strict=True):
-            layer = args.layer or one["layer"]
-            columns |= heatmap_columns(model, layer, pairs, name)
-            found[name] = evaluate(model, layer, data, args)
+        columns, found = evaluate_all(args)
     except (DataError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table("validation", {name: written(values) for name, values in found.items()}))
     if not any("insertion" in values for values in found.values()):
         print(NOT_INSTALLED)
-    figure = gallery(columns, title="Each image x, and below it T(x)")
-    write_whole(args.out, lambda path: figure.savefig(path, format=args.out.suffix[1:] or "png", dpi=120))
+    write_figure(args.out, gallery(columns, title="Each image x, and below it T(x)"))
     print(f"\nHeatmaps: {args.out}")
     if args.json:
         write_whole(args.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ from unittest.mock import patch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmark_rows import DRAW, HEATMAPS, LOSS, WARP_HEATMAPS, WARP_IMAGES, Work
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip, SpatialTransform, regularizer
+from lab.benchmark_rows import DRAW, HEATMAPS, LOSS, WARP_HEATMAPS, WARP_IMAGES, Work
 
 PARTS = (DRAW, WARP_IMAGES, HEATMAPS, WARP_HEATMAPS, LOSS)
 REST = "everything else in `reg.compute`"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from image_data import Data, DataError, ImageFiles, normalize
+from lab.image_data import Data, DataError, ImageFiles, normalize
 
 CLASSES = ["functional", "defective"]
 

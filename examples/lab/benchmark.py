@@ -1,7 +1,7 @@
 """Measure what a training step with CGC costs, beside cross-entropy on the same views.
 
-    python examples/benchmark.py --compile --json cost.json  # ResNet-18, 224 x 224, batch 32
-    python examples/benchmark.py --batch-size 8 --image-size 96 --repeats 3 --tables steps --rows '`reg.compute`'
+    python -m lab benchmark --compile --json cost.json  # ResNet-18, 224 x 224, batch 32
+    python -m lab benchmark --batch-size 8 --image-size 96 --repeats 3 --tables steps --rows '`reg.compute`'
 
 Prints tables in Markdown: the steps, the parts of a step that are not the model, how these grow with sizes and with the
 number of processes, and the transforms beside what they replace. The rows of a round run one after the other in one
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 import torchvision
 
-from benchmark_processes import measure_processes
-from benchmark_profile import profile_step
-from benchmark_rows import (
+from lab.benchmark_processes import measure_processes
+from lab.benchmark_profile import profile_step
+from lab.benchmark_rows import (
     ALONE,
     BFLOAT16,
     BOTH_VIEWS,
@@ -41,8 +40,11 @@ from benchmark_rows import (
     make_rows,
     make_transforms,
 )
-from benchmark_timing import Seconds, Work, measure, measure_memory
+from lab.benchmark_timing import Seconds, Work, measure, measure_memory
+from lab.jobs import lab_command, lab_environment
+from lab.options import as_arguments
 
+HERE = Path(__file__).parent
 TABLES = ("steps", "parts", "growth", "processes", "transforms")
 GROWTH = {
     "batch_size": (8, 32, 128, 512, 1024),
@@ -50,15 +52,16 @@ GROWTH = {
     "heatmap_size": (4, 7, 14, 28, 56),
 }
 PROCESSES = (1, 2, 4)
+MODEL_OPTIONS = ("model", "layer", "batch_size", "image_size", "device", "compile", "amp")  # what the rows depend on
 
 
-def memory_of(what: str) -> float:
+def memory_of(args: argparse.Namespace, what: str) -> float:
     """Return the peak memory of a step, or of the parts at some sizes, in MiB: that of a process of its own."""
     # With glibc's default, freed tensors stay in the heap now and then, and peaks differ by some percent between runs.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return float(
-        subprocess.check_output([sys.executable, __file__, *sys.argv[1:], "--memory-of", what], env=environment)
-    )
+    environment = {**lab_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    options = {name: getattr(args, name) for name in MODEL_OPTIONS} | {"memory_of": what}
+    command = [sys.executable, *lab_command("benchmark", *as_arguments(options))]
+    return float(subprocess.check_output(command, env=environment))
 
 
 def be_measured(args: argparse.Namespace) -> float:
@@ -134,7 +137,7 @@ def growth_table(args: argparse.Namespace, base: dict[str, Any], found: dict[str
         for size in sizes:
             what = {**base, name: size}
             alone = milliseconds(measure(make_parts(**what), repeats=3, warmup=args.warmup, device=args.device))
-            memory = {} if args.no_memory else {"peak memory, MiB": memory_of(json.dumps(what))}
+            memory = {} if args.no_memory else {"peak memory, MiB": memory_of(args, json.dumps(what))}
             title = f"{name.replace('_', ' ')} {size}"
             found[title] = alone | memory
             lines.append([title, *(f"{value:.2f}" for value in alone.values()), *(f"{m:.0f}" for m in memory.values())])
@@ -174,7 +177,7 @@ def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
 def describe(args: argparse.Namespace) -> dict[str, str]:
     """Say what was measured, on what."""
     gpu = torch.device(args.device).type == "cuda"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=sys.path[0])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
         "setting": f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}",
         "machine": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads, {platform.machine()}",
@@ -186,7 +189,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m lab benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--layer", default="layer4")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -225,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = chosen_rows(args)
         seconds = timed({name: row.work for name, row in rows.items()})
         seconds = {name: [own / rows[name].steps for own in several] for name, several in seconds.items()}
-        memory = {} if args.no_memory else {name: memory_of(name) for name in rows}
+        memory = {} if args.no_memory else {name: memory_of(args, name) for name in rows}
         found |= {"seconds": seconds, "memory_mib": memory}
         print(f"\n{steps_table(rows, seconds, memory)}", flush=True)
     if "parts" in args.tables:
@@ -246,7 +249,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{transforms_table(found['transforms'])}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import processes
-from benchmark_rows import BOTH_VIEWS, GATHERED, LOSS, make_loss, make_model, make_rows
-from benchmark_timing import measure, measure_memory
+from lab import processes
+from lab.benchmark_rows import BOTH_VIEWS, GATHERED, LOSS, make_loss, make_model, make_rows
+from lab.benchmark_timing import measure, measure_memory
 
 
 def measure_processes(args: argparse.Namespace, counts: Sequence[int]) -> dict[int, dict[str, float]]:

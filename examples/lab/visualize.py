@@ -1,4 +1,4 @@
-"""Draw heatmaps of a trained model: `python examples/visualize.py CHECKPOINT IMAGE_OR_FOLDER... --out heatmaps.png`."""
+"""Draw heatmaps of a trained model: `python -m lab visualize CHECKPOINT IMAGE_OR_FOLDER... --out heatmaps.png`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torchvision.transforms import v2
 
 from cgc_reg import explain
 from cgc_reg.visualization import gallery, overlay
-from checkpoint import load_checkpoint, write_whole
-from image_data import DataError, denormalize, normalize, open_image
-from models import build_model
+from lab.checkpoint import load_checkpoint, write_figure
+from lab.image_data import DataError, denormalize, normalize, open_image
+from lab.models import build_model
+from lab.rules import RULES
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read a checkpoint and images, and write one picture: image, heatmap and overlay in each row."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="last.pt or best.pt of train_imagenette.py")
+    parser = argparse.ArgumentParser(prog="python -m lab visualize", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="last.pt or best.pt of `python -m lab train`")
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--layer", help="layer of the heatmaps (default: the one of the training)")
-    parser.add_argument("--heatmap", default="grad_cam", help="grad_cam, hires_cam, layer_cam, ...")
+    parser.add_argument("--heatmap", choices=RULES, default="grad_cam", help="rule of the heatmaps")
     parser.add_argument("--most", type=int, default=12, help="how many images to draw at the most")
     parser.add_argument("--out", type=Path, default=Path("heatmaps.png"))
     args = parser.parse_args(argv)
@@ -42,8 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
 
     images = denormalize(x)
-    figure = gallery({"image": images, "heatmap": heatmaps, "overlay": overlay(images, heatmaps)})
-    write_whole(args.out, lambda path: figure.savefig(path, format=args.out.suffix[1:] or "png", dpi=120))
+    write_figure(args.out, gallery({"image": images, "heatmap": heatmaps, "overlay": overlay(images, heatmaps)}))
     for path, index, share in zip(paths, target.tolist(), probability.tolist(), strict=True):
         print(f"{path}: {saved['classes'][index]} ({share:.0%})")
     print(f"Heatmaps: {args.out}")
@@ -60,7 +60,3 @@ def find_images(places: list[Path]) -> list[Path]:
     if not found:
         raise DataError(f"no images found in {', '.join(map(str, places))}; looked for {', '.join(IMG_EXTENSIONS)}.")
     return found
-
-
-if __name__ == "__main__":
-    main()

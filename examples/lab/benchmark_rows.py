@@ -14,8 +14,9 @@ import torchvision
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
 
-from benchmark_timing import Work
 from cgc_reg import CGCRegularizer, RandomResizedCropFlip, consistency, expose_layer, grad_cam, info_nce
+from lab.benchmark_timing import Work
+from lab.rules import RULES
 
 SAMPLER = RandomResizedCropFlip()
 LAM = 0.5
@@ -106,10 +107,7 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
         COMPUTE: Row(full),
         "`reg(model, x)`": Row(step(lambda: F.cross_entropy(model(x), y) + LAM * drop_in(model, x)), THREE_VIEWS),
         "`reg(model, x)` in `reg.reuse(model)`": Row(step(reused)),
-        **{
-            f'{COMPUTE}, `"{rule}"`': Row(compute(heatmap=rule))
-            for rule in ("hires_cam", "layer_cam", "positive_grad_cam", "class_activation")
-        },
+        **{f'{COMPUTE}, `"{rule}"`': Row(compute(heatmap=rule)) for rule in RULES if rule != "grad_cam"},
         "the authors' recipe": Row(step(lambda: authors_loss(model, args.layer, x, y)), THREE_VIEWS),
         f"{COMPUTE}, views of {side} x {side}": Row(compute(view_size=small), ALONE),
         f"{COMPUTE}, `detach_key`": Row(compute(detach_key=True), ALONE),

@@ -18,7 +18,7 @@ class Setting:
 
     Attributes:
         name: how the report calls it.
-        options: of train_imagenette.py, beside the study's own.
+        options: of `python -m lab train`, beside the study's own.
         baseline: the setting that it is compared with, seed by seed.
         x: its place on the axis of the picture, in studies that vary a number.
         line: the curve that it is a point of.
@@ -39,10 +39,10 @@ class Study:
         title: of the report.
         common: options of all trainings.
         seeds: of data, initialisation and order.
-        metrics: the columns of the report, by the names that evaluate.py gives them.
+        metrics: the columns of the report, by the names that `python -m lab evaluate` gives them.
         settings: what is compared.
-        evaluate: options of evaluate.py. A training of another study with the same options counts here too, so studies
-            that share trainings must evaluate them alike.
+        evaluate: options of `python -m lab evaluate`. A training of another study with the same options counts here
+            too, so studies that share trainings must evaluate them alike.
         x_axis: what `x` is.
         accuracy_baselines: accuracies are compared with the best of these, instead of with each setting's baseline.
         full: the setting whose gain over its baseline is the whole gain, where the report tells what others keep of it.

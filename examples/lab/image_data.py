@@ -18,10 +18,10 @@ from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
 
-import processes
 from cgc_reg import visualization
 from cgc_reg.metrics import box_masks
-from shapes import CLASSES, Shapes
+from lab import processes
+from lab.shapes import CLASSES, Shapes
 
 IMAGENETTE_FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 BOXES = "LOC_val_solution.csv"  # of ImageNet's validation images, as its localisation task comes

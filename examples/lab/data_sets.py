@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from elpv import load_elpv
-from fine_grained import load_cub200, load_fgvc_aircraft, load_flowers102, load_stanford_cars
-from image_data import Data, load_folder, load_imagenette, load_shapes
+from lab.elpv import load_elpv
+from lab.fine_grained import load_cub200, load_fgvc_aircraft, load_flowers102, load_stanford_cars
+from lab.image_data import Data, load_folder, load_imagenette, load_shapes
 
 
 class DataSet(NamedTuple):

@@ -1,8 +1,8 @@
 """Run a notebook from top to bottom, and keep what its cells put out if asked to.
 
-python examples/run_notebook.py            # does it run?
-python examples/run_notebook.py --write    # puts the new outputs into the file
-python examples/run_notebook.py --quick    # a few steps, to try that all cells run
+python -m lab notebook            # does it run?
+python -m lab notebook --write    # puts the new outputs into the file
+python -m lab notebook --quick    # a few steps, to try that all cells run
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
-from checkpoint import write_whole
+from lab.checkpoint import write_whole
 
-NOTEBOOK = Path(__file__).with_name("consistent_heatmaps.ipynb")
+NOTEBOOK = Path(__file__).parents[1] / "consistent_heatmaps.ipynb"
 
 
 def run_notebook(path: Path) -> Any:
@@ -45,7 +45,7 @@ def run_notebook(path: Path) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the notebook."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m lab notebook", description=__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path, nargs="?", default=NOTEBOOK)
     parser.add_argument("--write", action="store_true", help="keep the outputs in the file")
     parser.add_argument("--quick", action="store_true", help="set QUICK, which the notebook heeds")
@@ -59,7 +59,3 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(str(error))
     if args.write:
         write_whole(args.notebook, lambda partial: partial.write_text(nbformat.writes(notebook) + "\n"))
-
-
-if __name__ == "__main__":
-    main()

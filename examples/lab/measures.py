@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import processes
 from cgc_reg import CGCRegularizer, Consistency, content_heatmap, pointing_game
+from lab import processes
 
 TOLERANCE = 15 / 224  # of the pointing game, as a share of the image's side
 

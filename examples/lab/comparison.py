@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from cgc_reg import RandomResizedCropFlip, SpatialTransform, explain
 from cgc_reg.visualization import overlay
-from image_data import denormalize
+from lab.image_data import denormalize
 
 TITLES = {
     "top1": "top-1 accuracy",

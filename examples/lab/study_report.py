@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from comparison import TITLES
-from study_config import Setting, Study
+from lab.comparison import TITLES
+from lab.study_config import Setting, Study
 
 Runs = Mapping[Setting, Mapping[int, Mapping[str, float]]]  # setting -> seed -> what was found
 ACCURACIES = ("top1", "top5", "balanced_accuracy")

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import FGVCAircraft, Flowers102, StanfordCars
 from torchvision.transforms import v2
 
-from image_data import Data, DataError, ImageFiles, centre_crop, fetch, random_crop
+from lab.image_data import Data, DataError, ImageFiles, centre_crop, fetch, random_crop
 
 CUB_200 = "unpack CUB_200_2011.tgz from https://www.vision.caltech.edu/datasets/cub_200_2011/ there"
 LAYOUTS = {

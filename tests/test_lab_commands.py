@@ -1,0 +1,105 @@
+"""The lab's command line: its commands, pictures of a trained model, a summary over runs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab import __main__ as command_line
+from lab import jobs, summarize, visualize
+from lab import train as lab_train
+from tests.tiny import TINY, history, write_images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """Two trainings with and without CGC, from different seeds."""
+    root = tmp_path_factory.mktemp("trained")
+    outs = [root / str(seed) for seed in range(2)]
+    for seed, out in enumerate(outs):
+        options = ["--data", str(folder), "--out", str(out), "--epochs", "1", "--compare", "--seed", str(seed)]
+        lab_train.main([*TINY, *options])
+    return outs
+
+
+def test_help_lists_the_commands_and_each_has_its_own(capsys):
+    assert command_line.COMMANDS
+    with pytest.raises(SystemExit):
+        command_line.main(["--help"])
+    printed = capsys.readouterr().out
+    for name, about in command_line.COMMANDS.items():
+        assert f"  {name:10} {about}\n" in printed
+        if name != "notebook":  # whose packages warn in ways that are not ours
+            with pytest.raises(SystemExit):
+                command_line.main([name, "--help"])
+            assert f"usage: python -m lab {name} " in capsys.readouterr().out
+
+
+def test_unknown_command_names_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["trian"])
+    assert "invalid choice: 'trian' (choose from" in capsys.readouterr().err
+
+
+def test_command_line_runs_as_a_module_of_examples():
+    command = [sys.executable, "-m", "lab", "summarize", "nowhere"]
+    made = subprocess.run(command, cwd=jobs.EXAMPLES, capture_output=True, text=True)
+    assert made.returncode == 1
+    missing = Path("nowhere/cross-entropy/metrics.csv")
+    assert made.stderr == f"error: {missing} is missing; the run must be made with --compare.\n"
+
+
+def test_visualize_draws_images_and_folders(folder, trained, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    image = folder / "val" / "n01440764" / "0.JPEG"
+    visualize.main([str(trained[0] / "cgc" / "last.pt"), str(image), str(folder / "train"), "--out", str(picture)])
+    assert picture.stat().st_size > 10_000
+    assert f"{image}: n0" in capsys.readouterr().out
+
+
+def test_visualize_refuses_bad_input(folder, trained, tmp_path):
+    good, picture = str(trained[0] / "cgc" / "last.pt"), tmp_path / "picture.png"
+    (tmp_path / "empty").mkdir()
+    not_a_checkpoint = tmp_path / "text.pt"
+    not_a_checkpoint.write_text("text")
+    cut_off = tmp_path / "cut.pt"
+    cut_off.write_bytes(Path(good).read_bytes()[:-1000])
+    cases = {
+        "cut.pt is not a checkpoint": [str(cut_off), str(folder)],
+        "there is no checkpoint": [str(tmp_path / "none.pt"), str(folder)],
+        "text.pt is not a checkpoint": [str(not_a_checkpoint), str(folder)],
+        "there is no file or folder": [good, str(tmp_path / "none")],
+        "no images found": [good, str(tmp_path / "empty")],
+        "must be the dotted name": [good, str(folder), "--layer", "layer9"],
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit, match=message):
+            visualize.main([*arguments, "--out", str(picture)])
+    assert not picture.exists()
+
+
+def test_visualize_knows_its_rules(folder, trained, capsys):
+    with pytest.raises(SystemExit):
+        visualize.main([str(trained[0] / "cgc" / "last.pt"), str(folder), "--heatmap", "cam"])
+    assert "invalid choice: 'cam' (choose from" in capsys.readouterr().err
+
+
+def test_summary_is_the_mean_and_range_over_runs(trained, capsys):
+    summarize.main([str(out) for out in trained])
+    losses = [history(out / "cgc")[0]["val_cgc"] for out in trained]
+    expected = f"{sum(losses) / 2:.3f} ({min(losses):.3f} to {max(losses):.3f})"
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| CGC loss"))
+    assert expected in row
+
+
+def test_summary_of_a_single_training_is_refused(trained, tmp_path):
+    shutil.copytree(trained[0] / "cgc", tmp_path / "cgc")
+    with pytest.raises(SystemExit, match="must be made with --compare"):
+        summarize.main([str(tmp_path)])
