@@ -10,7 +10,7 @@ from unittest.mock import patch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cgc_reg import CGCRegularizer, RandomResizedCropFlip, SpatialTransform, regularizer
+from cgc_reg import CGCRegularizer, LayerExplainer, RandomResizedCropFlip, SpatialTransform, regularizer
 from lab.benchmark_rows import DRAW, HEATMAPS, LOSS, WARP_HEATMAPS, WARP_IMAGES, Work
 
 PARTS = (DRAW, WARP_IMAGES, HEATMAPS, WARP_HEATMAPS, LOSS)
@@ -25,7 +25,7 @@ def profile_step(step: Work, model: nn.Module) -> dict[str, float]:
             (RandomResizedCropFlip, "sample", DRAW),
             (SpatialTransform, "__call__", ""),
             (SpatialTransform, "coverage", WARP_HEATMAPS),
-            (regularizer, "heatmaps_of", HEATMAPS),
+            (LayerExplainer, "_heatmap", HEATMAPS),
             (regularizer, "info_nce", LOSS),
             (regularizer, "consistency", LOSS),
             (CGCRegularizer, "compute", COMPUTE),

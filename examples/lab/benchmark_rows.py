@@ -14,7 +14,17 @@ import torchvision
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
 
-from cgc_reg import CGCRegularizer, RandomResizedCropFlip, consistency, expose_layer, grad_cam, info_nce
+from cgc_reg import (
+    CAM,
+    CGCRegularizer,
+    Explainer,
+    GradCAM,
+    RandomResizedCropFlip,
+    consistency,
+    expose_layer,
+    grad_cam,
+    info_nce,
+)
 from lab.benchmark_timing import Work
 from lab.rules import RULES
 
@@ -25,6 +35,7 @@ LAM = 0.5
 ALONE = "cross-entropy on x"
 BOTH_VIEWS = "cross-entropy on both views"
 THREE_VIEWS = "cross-entropy on three views"
+HEATMAP = "cross-entropy on x and a loss on `g(model, x, y).heatmap`"
 COMPUTE = "`reg.compute`"
 BFLOAT16 = f"bfloat16: {COMPUTE}"
 GATHERED = f"{COMPUTE}, `gather_distributed`"
@@ -76,9 +87,10 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
         amp: bool = False,
         share: float = 1.0,
         optimizer: torch.optim.Optimizer = optimizer,
+        explainer: Callable[[str], Explainer] = GradCAM,
         **options: object,
     ) -> Work:
-        reg = CGCRegularizer(args.layer, **options)
+        reg = CGCRegularizer(explainer(args.layer), **options)
         count = round(share * len(x))
 
         def loss() -> Tensor:
@@ -87,6 +99,12 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
             return F.cross_entropy(logits, y) + LAM * out.loss
 
         return step(loss, amp, optimizer)
+
+    g, wanted = GradCAM(args.layer), torch.rand(1, device=device)
+
+    def heatmap() -> Tensor:
+        seen = g(model, x, y)
+        return F.cross_entropy(seen.logits, y) + LAM * (seen.heatmap - wanted).square().mean()
 
     drop_in = CGCRegularizer(args.layer)
 
@@ -102,12 +120,13 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
     small = (side, side)
     rows = {
         ALONE: Row(one, ALONE),
+        HEATMAP: Row(step(heatmap), ALONE),
         BOTH_VIEWS: Row(plain(2)),
         THREE_VIEWS: Row(plain(3), THREE_VIEWS),
         COMPUTE: Row(full),
         "`reg(model, x)`": Row(step(lambda: F.cross_entropy(model(x), y) + LAM * drop_in(model, x)), THREE_VIEWS),
         "`reg(model, x)` in `reg.reuse(model)`": Row(step(reused)),
-        **{f'{COMPUTE}, `"{rule}"`': Row(compute(heatmap=rule)) for rule in RULES if rule != "grad_cam"},
+        **{f"{COMPUTE}, `{g.__name__}`": Row(compute(explainer=g)) for g in RULES.values() if g is not GradCAM},
         "the authors' recipe": Row(step(lambda: authors_loss(model, args.layer, x, y)), THREE_VIEWS),
         f"{COMPUTE}, views of {side} x {side}": Row(compute(view_size=small), ALONE),
         f"{COMPUTE}, `detach_key`": Row(compute(detach_key=True), ALONE),
@@ -127,7 +146,7 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
         other.__class__ = type("Exposed", (type(model),), {})
         exposed = torch.compile(expose_layer(other, args.layer))
         own = torch.optim.SGD(other.parameters(), 1e-3, momentum=0.9)
-        step_exposed = compute(exposed, heatmap="class_activation", optimizer=own)
+        step_exposed = compute(exposed, explainer=CAM, optimizer=own)
         rows[f"compiled: {COMPUTE}, layer exposed"] = Row(step_exposed, both)
     if dist.is_initialized():
         rows[GATHERED] = Row(compute(gather_distributed=True))

@@ -1,3 +1,11 @@
-"""The rules of heatmaps that the command line knows by name."""
+"""The explainers that the command line knows, by the names of their rules."""
 
-RULES = ("grad_cam", "hires_cam", "layer_cam", "positive_grad_cam", "class_activation")
+from cgc_reg import CAM, GradCAM, HiResCAM, LayerCAM, PositiveGradCAM
+
+RULES = {
+    "grad_cam": GradCAM,
+    "hires_cam": HiResCAM,
+    "layer_cam": LayerCAM,
+    "positive_grad_cam": PositiveGradCAM,
+    "class_activation": CAM,
+}

@@ -17,6 +17,7 @@ from lab.image_data import Data
 from lab.loaders import seed_everything
 from lab.models import build_model
 from lab.options import settings
+from lab.rules import RULES
 
 
 @dataclass
@@ -65,7 +66,8 @@ def make_regularizer(args: argparse.Namespace, layer: str) -> CGCRegularizer:
     if args.official:
         return CGCRegularizer.official(layer, **options)
     size = args.heatmap_size and (args.heatmap_size, args.heatmap_size)
-    return CGCRegularizer(layer, heatmap=args.heatmap, heatmap_size=size, detach_key=args.detach_key, **options)
+    explainer = RULES[args.heatmap](layer)
+    return CGCRegularizer(explainer, heatmap_size=size, detach_key=args.detach_key, **options)
 
 
 def state_of(args: argparse.Namespace, run: Run, data: Data, lam: float) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         x = torch.stack([prepare(open_image(str(path))) for path in paths])
         with torch.no_grad():
             probability, target = model(x).softmax(dim=1).max(dim=1)
-        heatmaps = explain(model, x, args.layer or saved["layer"], target, heatmap=args.heatmap)
+        heatmaps = explain(model, x, RULES[args.heatmap](args.layer or saved["layer"]), target)
     except (DataError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
