@@ -280,6 +280,15 @@ def test_a_layer_of_another_model_or_of_a_copy_is_refused(run):
             run(GradCAM(other.features), model, X)
 
 
+def test_a_copy_of_model_and_explainer_together_belong_together():
+    model = net()
+    g = GradCAM(model.features)
+    twin, of_twin = copy.deepcopy((model, g))
+    assert_same(of_twin(twin, X, Y).heatmap, g(model, X, Y).heatmap)
+    with pytest.raises(ValueError, match="of another model, or of a copy"):
+        of_twin(model, X)
+
+
 def test_no_layer_is_the_suggested_one():
     assert_same(GradCAM(None)(net(), X, Y).heatmap, G(net(), X, Y).heatmap)
     assert GradCAM(None).with_layer(net(), X) == GradCAM(suggest_target_layer(net(), X))
