@@ -44,7 +44,8 @@ class InputError(Exception):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    about, layout = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=layout)
     parser.add_argument("--data", default="imagenette", help="imagenette, or a folder with train/ and val/")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder that Imagenette is downloaded into")
     parser.add_argument("--size", choices=IMAGENETTE, default="160px", help="which Imagenette")

@@ -9,10 +9,9 @@ from torch import nn
 from lab import evaluate, image_data
 from lab import train as lab_train
 from lab.models import build_model
+from tests.tiny import TINY
 
 torchcam = pytest.importorskip("torchcam", reason="needs Python 3.11")
-
-TINY = ["--data", "shapes", "--arch", "small_resnet", "--image-size", "32", "--epochs", "1", "--workers", "0"]
 
 
 class Brightness(nn.Module):
@@ -72,13 +71,15 @@ def test_rank_correlation_is_that_of_ranks_and_leaves_out_flat_heatmaps():
     assert evaluate.rank_correlations(maps, others) == [pytest.approx(1), pytest.approx(-1)]
 
 
-@pytest.fixture
-def checkpoints(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
     small = image_data.load_shapes(image_size=32, seed=0, train=16, validation=8)
-    for module in (lab_train, evaluate):
-        monkeypatch.setattr(module, "load_data", lambda *_, **__: small)
-    lab_train.main([*TINY, "--batch-size", "4", "--out", str(tmp_path / "run"), "--compare"])
-    return [str(tmp_path / "run" / name / "last.pt") for name in ("cross-entropy", "cgc")]
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (lab_train, evaluate):
+            patch.setattr(module, "load_data", lambda *_, **__: small)
+        lab_train.main([*TINY, "--data", "shapes", "--epochs", "1", "--out", str(out), "--compare"])
+        yield [str(out / name / "last.pt") for name in ("cross-entropy", "cgc")]
 
 
 def test_two_models_are_evaluated_side_by_side(checkpoints, tmp_path, capsys):

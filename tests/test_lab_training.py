@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from tqdm import tqdm
 
 from lab import image_data, jobs, side_by_side
 from lab import train as lab_train
@@ -94,16 +95,13 @@ def test_trainings_side_by_side_are_those_one_after_the_other(folder, compared, 
 
 
 def test_bar_of_a_training_knows_its_steps_and_what_was_made_before(capsys):
-    class Bar:
-        n, total, initial = 0, None, 0
-
-        def update(self, steps):
-            self.n += steps
-
-    bar = Bar()
+    bar = tqdm(file=io.StringIO(), smoothing=0)
     for line in ["Continuing runs/a after epoch 1.", "step 33/96", "step 34/96", "epoch 2/3  val_top1 0.5", "other"]:
         side_by_side.show("a", bar, line)
-    assert (bar.n, bar.total, bar.initial) == (34, 96, 32)
+    assert (bar.n, bar.total, bar.initial) == (34, 96, 33)
+    bar.start_t -= 2.0  # the step from 33 to 34 took two seconds, so 62 steps take 124
+    assert re.search(r"34/96 \[00:02<02:0[0-4]", str(bar))
+    bar.close()
     printed = capsys.readouterr().out
     assert printed == "a: Continuing runs/a after epoch 1.\na: epoch 2/3  val_top1 0.5\n"
 

@@ -57,100 +57,133 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     return torchvision.models.get_model(args.model, weights=None, num_classes=10).to(args.device)
 
 
-def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
-    """Return the training steps, all on one model."""
-    device = torch.device(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
-    y = torch.randint(10, (args.batch_size,), device=device)
+class Steps:
+    """Training steps on one model and one batch of random images."""
 
-    def step(loss: Callable[[], Tensor], amp: bool = False, optimizer: torch.optim.Optimizer = optimizer) -> Work:
+    def __init__(self, args: argparse.Namespace, model: nn.Module) -> None:
+        self.layer, self.model, self.device = args.layer, model, torch.device(args.device)
+        self.optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        self.x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=self.device)
+        self.y = torch.randint(10, (args.batch_size,), device=self.device)
+
+    def step(
+        self, loss: Callable[[], Tensor], amp: bool = False, optimizer: torch.optim.Optimizer | None = None
+    ) -> Work:
+        optimizer = optimizer or self.optimizer
+
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
                 value = loss()
             value.backward()
             optimizer.step()
 
         return run
 
-    def plain(views: int, model: nn.Module = model, *, amp: bool = False) -> Work:
-        def loss() -> Tensor:
-            images = [x, *(draw(x)(x) for _ in range(views - 1))]
-            return torch.stack([F.cross_entropy(model(image), y) for image in images]).sum()
+    def plain(self, views: int, model: nn.Module | None = None, *, amp: bool = False) -> Work:
+        """Make a step with cross-entropy alone, on so many views."""
+        model = model or self.model
 
-        return step(loss, amp)
+        def loss() -> Tensor:
+            images = [self.x, *(draw(self.x)(self.x) for _ in range(views - 1))]
+            return torch.stack([F.cross_entropy(model(image), self.y) for image in images]).sum()
+
+        return self.step(loss, amp)
 
     def compute(
-        model: nn.Module = model,
+        self,
+        model: nn.Module | None = None,
         *,
         amp: bool = False,
         share: float = 1.0,
-        optimizer: torch.optim.Optimizer = optimizer,
+        optimizer: torch.optim.Optimizer | None = None,
         explainer: Callable[[str], Explainer] = GradCAM,
         **options: object,
     ) -> Work:
-        reg = CGCRegularizer(explainer(args.layer), **options)
-        count = round(share * len(x))
+        """Make a step with `reg.compute`, on a share of the batch."""
+        model, reg = model or self.model, CGCRegularizer(explainer(self.layer), **options)
+        count = round(share * len(self.x))
 
         def loss() -> Tensor:
-            out = reg.compute(model, x[:count])
-            logits = out.logits if count == len(x) else torch.cat([out.logits, model(x[count:])])
-            return F.cross_entropy(logits, y) + LAM * out.loss
+            out = reg.compute(model, self.x[:count])
+            logits = out.logits if count == len(self.x) else torch.cat([out.logits, model(self.x[count:])])
+            return F.cross_entropy(logits, self.y) + LAM * out.loss
 
-        return step(loss, amp, optimizer)
+        return self.step(loss, amp, optimizer)
 
-    g, wanted = GradCAM(args.layer), torch.rand(1, device=device)
+    def heatmap(self) -> Work:
+        """Make a step with a loss of one's own on the heatmaps."""
+        g, wanted = GradCAM(self.layer), torch.rand(1, device=self.device)
 
-    def heatmap() -> Tensor:
-        seen = g(model, x, y)
-        return F.cross_entropy(seen.logits, y) + LAM * (seen.heatmap - wanted).square().mean()
+        def loss() -> Tensor:
+            seen = g(self.model, self.x, self.y)
+            return F.cross_entropy(seen.logits, self.y) + LAM * (seen.heatmap - wanted).square().mean()
 
-    drop_in = CGCRegularizer(args.layer)
+        return self.step(loss)
 
-    def reused() -> Tensor:
-        with drop_in.reuse(model):
-            return F.cross_entropy(model(x), y) + LAM * drop_in(model, x)
+    def drop_in(self) -> Work:
+        """Make a step with `reg(model, x)` beside the model's own pass."""
+        reg = CGCRegularizer(self.layer)
+        return self.step(lambda: F.cross_entropy(self.model(self.x), self.y) + LAM * reg(self.model, self.x))
 
-    def every_third() -> None:
-        full(), one(), one()
+    def reused(self) -> Work:
+        """Make such a step that reuses the model's own pass."""
+        reg = CGCRegularizer(self.layer)
 
-    one, full = plain(1), compute()
+        def loss() -> Tensor:
+            with reg.reuse(self.model):
+                return F.cross_entropy(self.model(self.x), self.y) + LAM * reg(self.model, self.x)
+
+        return self.step(loss)
+
+    def authors(self) -> Work:
+        """Make a step as the authors' code does."""
+        return self.step(lambda: authors_loss(self.model, self.layer, self.x, self.y))
+
+
+def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
+    """Return the training steps, all on one model."""
+    steps = Steps(args, model)
+    one, full = steps.plain(1), steps.compute()
     side = 32 * max(2, round(0.6 * args.image_size / 32))  # a whole number of the heatmap's cells, in most CNNs
     small = (side, side)
     rows = {
         ALONE: Row(one, ALONE),
-        HEATMAP: Row(step(heatmap), ALONE),
-        BOTH_VIEWS: Row(plain(2)),
-        THREE_VIEWS: Row(plain(3), THREE_VIEWS),
+        HEATMAP: Row(steps.heatmap(), ALONE),
+        BOTH_VIEWS: Row(steps.plain(2)),
+        THREE_VIEWS: Row(steps.plain(3), THREE_VIEWS),
         COMPUTE: Row(full),
-        "`reg(model, x)`": Row(step(lambda: F.cross_entropy(model(x), y) + LAM * drop_in(model, x)), THREE_VIEWS),
-        "`reg(model, x)` in `reg.reuse(model)`": Row(step(reused)),
-        **{f"{COMPUTE}, `{g.__name__}`": Row(compute(explainer=g)) for g in RULES.values() if g is not GradCAM},
-        "the authors' recipe": Row(step(lambda: authors_loss(model, args.layer, x, y)), THREE_VIEWS),
-        f"{COMPUTE}, views of {side} x {side}": Row(compute(view_size=small), ALONE),
-        f"{COMPUTE}, `detach_key`": Row(compute(detach_key=True), ALONE),
-        f"{COMPUTE}, both of these": Row(compute(view_size=small, detach_key=True), ALONE),
-        f"{COMPUTE} on half of the batch": Row(compute(share=0.5), ALONE),
-        f"{COMPUTE} in every third step": Row(every_third, ALONE, steps=3),
+        "`reg(model, x)`": Row(steps.drop_in(), THREE_VIEWS),
+        "`reg(model, x)` in `reg.reuse(model)`": Row(steps.reused()),
+        **{f"{COMPUTE}, `{g.__name__}`": Row(steps.compute(explainer=g)) for g in RULES.values() if g is not GradCAM},
+        "the authors' recipe": Row(steps.authors(), THREE_VIEWS),
+        f"{COMPUTE}, views of {side} x {side}": Row(steps.compute(view_size=small), ALONE),
+        f"{COMPUTE}, `detach_key`": Row(steps.compute(detach_key=True), ALONE),
+        f"{COMPUTE}, both of these": Row(steps.compute(view_size=small, detach_key=True), ALONE),
+        f"{COMPUTE} on half of the batch": Row(steps.compute(share=0.5), ALONE),
+        f"{COMPUTE} in every third step": Row(lambda: (full(), one(), one()), ALONE, steps=3),
     }
     if args.amp:
         both = f"bfloat16: {BOTH_VIEWS}"
-        rows[both] = Row(plain(2, amp=True), both)
-        rows[BFLOAT16] = Row(compute(amp=True), both)
+        rows |= {both: Row(steps.plain(2, amp=True), both), BFLOAT16: Row(steps.compute(amp=True), both)}
     if args.compile:
-        both = f"compiled: {BOTH_VIEWS}"
-        rows[both] = Row(plain(2, torch.compile(model)), both)
-        # A class of its own: the compiler would take the graph of the row above for this one, whose layer is watched.
-        other = copy.deepcopy(model)
-        other.__class__ = type("Exposed", (type(model),), {})
-        exposed = torch.compile(expose_layer(other, args.layer))
-        own = torch.optim.SGD(other.parameters(), 1e-3, momentum=0.9)
-        step_exposed = compute(exposed, explainer=CAM, optimizer=own)
-        rows[f"compiled: {COMPUTE}, layer exposed"] = Row(step_exposed, both)
+        rows |= make_compiled_rows(steps)
     if dist.is_initialized():
-        rows[GATHERED] = Row(compute(gather_distributed=True))
+        rows[GATHERED] = Row(steps.compute(gather_distributed=True))
     return rows
+
+
+def make_compiled_rows(steps: Steps) -> dict[str, Row]:
+    """Return the steps of a compiled model."""
+    both = f"compiled: {BOTH_VIEWS}"
+    plain = steps.plain(2, torch.compile(steps.model))
+    # A class of its own: the compiler would take the graph of the row above for this one, whose layer is watched.
+    other = copy.deepcopy(steps.model)
+    other.__class__ = type("Exposed", (type(steps.model),), {})
+    exposed = torch.compile(expose_layer(other, steps.layer))
+    own = torch.optim.SGD(other.parameters(), 1e-3, momentum=0.9)
+    compute = steps.compute(exposed, explainer=CAM, optimizer=own)
+    return {both: Row(plain, both), f"compiled: {COMPUTE}, layer exposed": Row(compute, both)}
 
 
 def draw(x: Tensor) -> Callable[[Tensor], Tensor]:

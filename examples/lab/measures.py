@@ -56,12 +56,7 @@ def measure_model(
         )
         recall.add(out.logits, y)
         if mask:
-            on_object = content_heatmap(out.heatmap, mask[0].to(device))
-            hits = pointing_game(out.heatmap, mask[0].to(device), tolerance=TOLERANCE * x.shape[-1])
-            total.add(
-                int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean(), pointing_game=hits.nanmean()
-            )
-            total.add(len(x), mostly_off_object=(~(on_object >= 0.5)).float().mean())
+            add_on_object(total, out.heatmap, mask[0].to(device))
     found = pairs.compute()
     measured = {
         "cgc": found["loss"],
@@ -72,6 +67,14 @@ def measure_model(
         "balanced_accuracy": recall.over_processes().mean(),
     }
     return {name: round(value, 6) for name, value in measured.items()}
+
+
+def add_on_object(total: Mean, heatmaps: Tensor, masks: Tensor) -> None:
+    """Add how far a batch's heatmaps lie on the objects."""
+    on_object = content_heatmap(heatmaps, masks)
+    hits = pointing_game(heatmaps, masks, tolerance=TOLERANCE * masks.shape[-1])
+    total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean(), pointing_game=hits.nanmean())
+    total.add(len(heatmaps), mostly_off_object=(~(on_object >= 0.5)).float().mean())
 
 
 def accuracy(logits: Tensor, y: Tensor, k: int) -> Tensor:

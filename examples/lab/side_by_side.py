@@ -41,9 +41,10 @@ def show(name: str, bar: tqdm, line: str) -> None:
     """Show what a training says: its steps as the bar, its epochs as lines."""
     step = re.fullmatch(r"step (\d+)/(\d+)", line)
     if step is not None:
-        done, bar.total = int(step[1]), int(step[2])
-        if bar.n == 0:
-            bar.initial = done - 1  # made before, and no measure of the speed
+        done, total = int(step[1]), int(step[2])
+        if bar.total is None:  # its clock starts now: what was made before, and the start of Python, tell no speed
+            bar.reset(total)
+            bar.initial = bar.n = done
         bar.update(done - bar.n)
     elif re.match(r"epoch \d+/|Continuing |Finished", line):
         tqdm.write(f"{name}: {line}")
