@@ -27,16 +27,7 @@ from cgc_reg.model.wrappers import data_parallel, unwrap
 
 @dataclass(frozen=True, repr=False)
 class AtLayer:
-    """What the explainers share that look at one layer.
-
-    Attributes:
-        target_layer: dotted name of the layer, as in ``model.named_modules()``: the last one with a map, ``"layer4"``
-            in a ResNet. Or the layer itself, which must be the model's own. None: that of
-            :func:`suggest_target_layer`, which takes a pass more in each call.
-        output_fn: from the model's output to logits (n, k); by default the output itself, its ``logits``, or the only
-            tensor of that shape in a tuple.
-        reshape_transform: from the layer's output to (n, c, h, w), for tokens or channels last.
-    """
+    """What the explainers share that look at one layer; its arguments are those of ``GradCAM``."""
 
     target_layer: str | nn.Module | None
     _: KW_ONLY
