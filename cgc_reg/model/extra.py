@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 
 from cgc_reg.model.checkpoints import watch_checkpoints
 from cgc_reg.model.compilation import compiled_exposed_layer
@@ -21,12 +21,7 @@ _CHECKPOINTED: WeakSet[nn.Module] = WeakSet()
 _GOING: ContextVar[bool] = ContextVar("_GOING", default=False)
 
 
-class _HasLogits(Protocol):
-    @property
-    def logits(self) -> Tensor: ...
-
-
-Seen = TypeVar("Seen", bound=_HasLogits)
+Seen = TypeVar("Seen")
 
 
 def extra_pass(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchNormMode) -> Seen:
@@ -52,7 +47,7 @@ def extra_pass(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchN
             if unwrap(model) not in _CHECKPOINTED:
                 with statistics_mode(model, mode) as changed, watch_checkpoints(changed) as run_again:
                     seen = look(model)
-                if not run_again.of(seen.logits):
+                if not run_again:
                     return seen
                 _CHECKPOINTED.add(unwrap(model))
             return _pass_of_a_replica(look, model, mode)
@@ -72,7 +67,7 @@ def _pass_of_a_replica(look: Callable[[nn.Module], Seen], model: nn.Module, mode
         replicated(model) as replica,
     ):
         seen = look(replica)
-    if any(module in changed for module in run_again.of(seen.logits)):
+    if any(module in changed for module in run_again):
         raise RuntimeError(
             "`bn_mode` must be 'update' for this model, which checkpoints modules that it reaches from outside its "
             f"tree, such as by a list or a patched `forward`; got {mode!r}, which the checkpoint would not heed when "
