@@ -46,6 +46,7 @@ def names_for(page, folder):
         "y": y,
         "images": torch.rand(4, 3, 224, 224),
         "unlabeled": torch.rand(4, 3, 64, 64),
+        "masks": (torch.rand(4, 64, 64) < 0.5).float(),
         "loader": [(x, y)],
         "folder": folder,
         "steps": 2,
@@ -53,6 +54,8 @@ def names_for(page, folder):
     if page == "method.md":  # on measuring
         images, boxes = torch.rand(64, 3, 64, 64), torch.tensor([[0, 0, 224, 112]] * 64)
         names["loader"] = [(images, boxes), (images[:1], boxes[:1])]
+    if page == "explainers.md":  # on several labels and distillation
+        names |= {"labels": torch.randint(2, (4, 10)), "teacher": torchvision.models.resnet18(num_classes=10)}
     if page == "guide.md":  # on views made by the loader
         for i in range(4):
             path = folder / "ab"[i % 2] / f"{i}.png"
