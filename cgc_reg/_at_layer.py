@@ -47,15 +47,15 @@ class AtLayer:
     def __call__(self, model: nn.Module, x: Tensor, target: Target | None = None) -> Explanation:
         r"""Run the model on x, once, and explain its scores.
 
-        It is a pass as ``model(x)``, in the mode that the model is in: with gradients on for training, and under
-        ``torch.no_grad()`` as a measure.
+        It is a pass as ``model(x)``, in the mode that the model is in: in training BatchNorm's running statistics move,
+        and under ``torch.no_grad()`` the heatmap is a measure without a graph.
 
         Args:
             model: the model, wrapped or not.
             x: images (n, c, h, w), as the model takes them.
-            target: class of each image, (n,), or one for all; or weights w of the scores, (n, k), for the heatmap of
-                the score :math:`\sum_k w_k y_k`: labels of several classes, or +1 and -1 for what tells two apart. The
-                predicted class if None.
+            target: class of each image, (n,), a list of these, or one for all; or weights w of the scores, (n, k), for
+                the heatmap of the score :math:`\sum_k w_k y_k`: several labels as 0 and 1, or +1 and -1 for what tells
+                two classes apart. The predicted class if None.
 
         Returns:
             Heatmaps on the layer's grid, and what the model returned.
@@ -83,14 +83,19 @@ class AtLayer:
         return suggest_target_layer(model, x)
 
     def reuse(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Let this explainer use the loop's own pass over x: no pass of its own, with both lines as they are.
+        """Let this explainer use the loop's own pass ``model(x)``, instead of making one.
 
         What is reused is a pass of this model over this very tensor alone, ``model(x)`` or ``model(pixel_values=x)``,
-        made inside the ``with`` block with gradients on. Everything else is computed as ever: other tensors, copies of
-        x; a pass since which x, its output, the weights or what is frozen of them, the training mode or autocast have
-        changed, or an optimizer has made a step (``weight.data.copy_`` is a change that PyTorch shows to nobody, and
-        buffers are not looked at); compiled models. The passes are kept until the block ends, so open one for each
-        step. Both lines share a graph: sum the losses before the backward.
+        made inside the ``with`` block with gradients on. In all other cases the explainer makes its own pass as ever:
+
+        - for another tensor, or a copy of x;
+        - for a compiled model;
+        - where x, the output, a weight or what is frozen, the training mode or autocast has changed since the pass, or
+          an optimizer has made a step. ``weight.data.copy_`` is a change that PyTorch shows to nobody, and buffers are
+          not looked at.
+
+        The passes are kept until the block ends, so open one for each step. The loop's line and the explainer's share a
+        graph: sum the losses before the backward.
 
         Args:
             model: the model being trained, wrapped or not.

@@ -30,12 +30,14 @@ def as_target(target: object, batch_size: int, device: torch.device) -> Tensor |
     if target is None:
         return None
     if isinstance(target, int) and not isinstance(target, bool):
-        return torch.full((batch_size,), target, device=device)
+        target = torch.tensor(target, device=device)
     if isinstance(target, (list, tuple)):
         with suppress(TypeError, ValueError):  # of entries that are no numbers, or of unequal lengths
             target = torch.tensor(target, device=device)
     if not isinstance(target, Tensor):
         raise TypeError(f"`target` must be a tensor, a list or an integer; got {describe(target)}. {_REPAIR}")
+    if target.ndim == 0:
+        target = target.expand(batch_size)
     whole = not target.is_floating_point() and not target.is_complex()
     if target.ndim == 2 and len(target) == batch_size and not target.is_complex():
         return target.to(torch.get_default_dtype()) if whole else target
@@ -60,8 +62,8 @@ def target_of(target: Tensor | None, logits: Tensor) -> Tensor:
     if target.ndim == 2:
         if target.shape != logits.shape:
             raise ValueError(
-                f"`target` must hold a weight for each of the {classes} scores, shape {tuple(logits.shape)}; got "
-                f"{describe(target)}. {_REPAIR}"
+                f"`target` must hold a weight for each of the {classes} scores, shape {tuple(logits.shape)}; got shape "
+                f"{tuple(target.shape)}. {_REPAIR}"
             )
         return target
     if target.device.type == "cpu" and len(target):  # reading it on a GPU would make that wait

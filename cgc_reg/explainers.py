@@ -1,6 +1,6 @@
 """The explainers that look at one layer of a model: a pass, and a rule from the layer's activation to a heatmap.
 
-They are values: they hold names and functions, and neither a model nor a tensor.
+They are values: they hold names and functions, and neither a model nor a tensor (a layer at most, where it is given).
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from cgc_reg._checks import describe
 from cgc_reg._precision import at_least_float32, without_autocast
 from cgc_reg._targets import as_target, target_of
 from cgc_reg.explanation import Explainer, Explanation, in_its_graph
+from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.checkpoints import has_reentrant_checkpoint
-from cgc_reg.model.compilation import compiled_exposed_layer
+from cgc_reg.model.compilation import compiled_exposed_layer, uncompiled, warn_if_compiled
 from cgc_reg.model.gradient import score_gradient
 from cgc_reg.model.head import head_weight
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.maps import activation_maps, as_maps
 from cgc_reg.model.passes import ForwardPass, exposed_pass
 from cgc_reg.model.processes import is_sharded
-from cgc_reg.model.wrappers import unwrap
+from cgc_reg.model.wrappers import data_parallel, unwrap
 from cgc_reg.rules import HeatmapRule, class_activation, grad_cam, hires_cam, layer_cam, positive_grad_cam
 
 
@@ -102,7 +103,10 @@ class LayerExplainer(AtLayer):
 
 @dataclass(frozen=True, repr=False)
 class GradCAM(LayerExplainer):
-    """Explain by :func:`grad_cam`: each channel weighed by its mean gradient.
+    r"""Explain by :func:`grad_cam`: each channel weighed by its mean gradient.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c \alpha_c A_c\Big), \qquad
+              \alpha_c = \frac{1}{hw} \sum_{uv} \frac{\partial y}{\partial A_{cuv}}
 
     Args:
         target_layer: dotted name of the layer, as in ``model.named_modules()``: the last one with a map, ``"layer4"``
@@ -117,9 +121,9 @@ class GradCAM(LayerExplainer):
 
     Example:
         >>> model, x = torchvision.models.resnet18(num_classes=10), torch.rand(2, 3, 64, 64)
-        >>> y, boring = torch.tensor([3, 7]), torch.ones(2, 2, 2)
+        >>> y, background = torch.tensor([3, 7]), torch.tensor([[[0.0, 1.0], [1.0, 1.0]]])
         >>> seen = GradCAM("layer4")(model, x, target=y)
-        >>> loss = F.cross_entropy(seen.logits, y) + 0.1 * (seen.heatmap * boring).mean()
+        >>> loss = F.cross_entropy(seen.logits, y) + 0.1 * (seen.heatmap * background).mean()
         >>> loss.backward()
 
     References:
@@ -131,7 +135,11 @@ class GradCAM(LayerExplainer):
 
 @dataclass(frozen=True, repr=False)
 class HiResCAM(LayerExplainer):
-    """Explain by :func:`hires_cam`: each value weighed by its own gradient. Arguments as for :class:`GradCAM`.
+    r"""Explain by :func:`hires_cam`: each value weighed by its own gradient.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c \frac{\partial y}{\partial A_c} \odot A_c\Big)
+
+    Arguments and errors are those of :class:`GradCAM`.
 
     Example:
         >>> HiResCAM("layer4")(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)).heatmap.shape
@@ -146,7 +154,11 @@ class HiResCAM(LayerExplainer):
 
 @dataclass(frozen=True, repr=False)
 class LayerCAM(LayerExplainer):
-    """Explain by :func:`layer_cam`: each value weighed by its positive gradient. Arguments as for :class:`GradCAM`.
+    r"""Explain by :func:`layer_cam`: each value weighed by its own gradient where that is positive.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c \mathrm{ReLU}\Big(\frac{\partial y}{\partial A_c}\Big) \odot A_c\Big)
+
+    Arguments and errors are those of :class:`GradCAM`.
 
     Example:
         >>> LayerCAM("layer3")(torchvision.models.resnet18().eval(), torch.rand(2, 3, 64, 64)).heatmap.shape
@@ -161,9 +173,12 @@ class LayerCAM(LayerExplainer):
 
 @dataclass(frozen=True, repr=False)
 class PositiveGradCAM(LayerExplainer):
-    """Explain by :func:`positive_grad_cam`: each channel weighed by its mean positive gradient.
+    r"""Explain by :func:`positive_grad_cam`: each channel weighed by the mean of its positive gradients.
 
-    Arguments as for :class:`GradCAM`.
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c \alpha_c A_c\Big), \qquad
+              \alpha_c = \frac{1}{hw} \sum_{uv} \mathrm{ReLU}\Big(\frac{\partial y}{\partial A_{cuv}}\Big)
+
+    Arguments and errors are those of :class:`GradCAM`.
 
     Example:
         >>> PositiveGradCAM("layer4")(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)).heatmap.shape
@@ -175,7 +190,9 @@ class PositiveGradCAM(LayerExplainer):
 
 @dataclass(frozen=True, repr=False)
 class CAM(AtLayer):
-    """Explain by :func:`class_activation`: each channel weighed by the linear head's weight, in closed form.
+    r"""Explain by :func:`class_activation`: each channel weighed by the linear head's weight, in closed form.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c w_{kc} A_c\Big)
 
     It needs no inner gradient, and is right only where global average pooling and one linear layer follow the target
     layer: see :func:`check_closed_form`.
@@ -251,17 +268,26 @@ def as_explainer(explainer: Explainer | str | None) -> Explainer:
 
 
 def explained(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
-    """Call an explainer; of one that is not of this module, make sure of what it returns.
+    """Call an explainer; one that is not of this module gets what ours have, and what it returns is checked.
 
     Args:
-        explainer: whichever.
+        explainer: ours or the user's.
         model, x: as for calling it.
         target: of :func:`as_target`.
     """
     if isinstance(explainer, AtLayer):
         return explainer(model, x, target)
-    with torch.enable_grad():  # for its inner gradient
-        seen = explainer(model, x, target)
+    warn_if_compiled(model)
+    parallel = data_parallel(model)
+    if parallel is not None and parallel.static_graph and torch.is_grad_enabled():
+        raise RuntimeError(
+            "The explainer must be one of one layer, such as GradCAM, under DistributedDataParallel with "
+            f"`static_graph=True`; got {describe(explainer)}, whose inner gradient would pass for the end of the step. "
+            "Leave out `static_graph=True`."
+        )
+    # Its inner gradient needs a graph, and what can be differentiated twice.
+    with torch.enable_grad(), uncompiled(model), unfused_attention():
+        seen = explainer(unwrap(model) if parallel is None else parallel, x, target)
     if not isinstance(seen, Explanation):
         raise TypeError(f"The explainer must return an Explanation; got {describe(seen)}.")
     heatmap, logits, n = seen.heatmap, seen.logits, len(x)

@@ -32,11 +32,11 @@ class Explanation:
 
 
 class Explainer(Protocol):
-    """Anything that makes an :class:`Explanation`: one of this module's, or a function of your own.
+    """Anything that makes an :class:`Explanation`: :class:`GradCAM` and its like, or a function of your own.
 
-    It is called as ``explainer(model, x, target)``: a model, perhaps wrapped; images (n, c, h, w); and classes (n,),
-    weights (n, k), or None for the predicted classes. Its heatmap must be in the graph of the model's parameters, so
-    inner gradients need ``create_graph=True``.
+    It is called as ``explainer(model, x, target)``: a model, perhaps wrapped; images (n, c, h, w); and what to explain,
+    classes (n,), None for the predicted ones, or weights (n, k) if you pass these. Its heatmap must be in the graph of
+    the model's parameters, so inner gradients need ``create_graph=True``.
 
     Example:
         >>> def input_gradient(model, x, target):

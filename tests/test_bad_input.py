@@ -85,7 +85,11 @@ IDENTITY = SpatialTransform.identity(4)
             ValueError,
             r"`target` must be of shape \(4,\), or \(4, classes\) for weights; got .*\(3,\)",
         ),
-        ({"target": F.one_hot(Y, 6)}, ValueError, r"`target` must hold a weight for each of the 5 scores.*\(4, 6\)"),
+        (
+            {"target": F.one_hot(Y, 6)},
+            ValueError,
+            r"`target` must hold a weight for each of the 5 scores.*got shape \(4, 6\)",
+        ),
         ({"target": Y[:, None]}, ValueError, r"`target` must hold a weight for each.*`target\[:, 0\]`"),
         ({"target": F.one_hot(Y, 5)[:3]}, ValueError, r"`target` must be of shape \(4,\)"),
         ({"target": Y.float()}, TypeError, "`target` must hold integer.*float32"),

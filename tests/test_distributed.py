@@ -14,7 +14,16 @@ from strategies import generator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cgc_reg import CGCRegularizer, GradCAM, LayerCAM, RandomResizedCropFlip, explain, info_nce, suggest_target_layer
+from cgc_reg import (
+    CGCRegularizer,
+    Explanation,
+    GradCAM,
+    LayerCAM,
+    RandomResizedCropFlip,
+    explain,
+    info_nce,
+    suggest_target_layer,
+)
 
 PROCESSES = 2
 X = torch.randn(6, 3, 16, 16, generator=generator(0), dtype=torch.float64)
@@ -123,6 +132,28 @@ HEATMAP_STEPS = {
     "heatmaps of two layers": heatmaps_of_two_layers,
     "heatmap of the loop's pass": heatmap_of_the_loops_pass,
 }
+
+
+def saliency(model, x, target):
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    target = logits.argmax(dim=1) if target is None else target
+    (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), x, create_graph=True)
+    return Explanation(gradient.abs().amax(dim=1), logits, target)
+
+
+def foreign_call(model, share):
+    return CGCRegularizer(saliency, transform=Prepared(TRANSFORM[share]), gather_distributed=True)(
+        model, X[share], Y[share]
+    )
+
+
+def static_graph(model):
+    return DistributedDataParallel(model, static_graph=True)
+
+
+SCENARIOS["foreign explainer"] = (DistributedDataParallel, foreign_call)
+SCENARIOS["foreign explainer, static graph"] = (static_graph, foreign_call)
 SCENARIOS |= {name: (DistributedDataParallel, step) for name, step in HEATMAP_STEPS.items()}
 STEPS = [name for name in SCENARIOS if name.startswith(("compute", "call"))]
 
@@ -287,6 +318,20 @@ def test_a_loss_on_the_heatmap_has_the_gradients_of_the_global_batch(results, na
     actual = {**results[rank][name], "loss": expected["loss"]}
     assert "error" not in actual, actual["error"]
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_a_foreign_explainer_has_the_gradients_of_the_global_batch(results, rank):
+    model = network()
+    loss = CGCRegularizer(saliency, transform=Prepared(TRANSFORM))(model, X, Y)
+    expected = {"loss": loss.detach(), **gradients(loss, model)}
+    actual = {**results[rank]["foreign explainer"], "loss": expected["loss"]}
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_a_foreign_explainer_is_refused_where_its_gradient_would_end_the_step(results, rank):
+    assert "Leave out `static_graph=True`" in results[rank]["foreign explainer, static graph"]["error"]
 
 
 @pytest.mark.parametrize("rank", range(PROCESSES))

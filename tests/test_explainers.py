@@ -174,7 +174,8 @@ def test_a_list_or_other_integers_will_do(target):
 
 
 def test_one_class_for_all_and_the_predicted_one():
-    assert_same(G(net(), X, 3).heatmap, G(net(), X, torch.full((4,), 3)).heatmap)
+    for three in (3, torch.tensor(3)):
+        assert_same(G(net(), X, three).heatmap, G(net(), X, torch.full((4,), 3)).heatmap)
     assert_same(G(net(), X).target, net()(X).argmax(dim=1))
 
 
@@ -272,6 +273,15 @@ def test_the_layer_itself_is_found_in_extra_passes(build, bn_mode):
     assert_same(*results)
 
 
+def test_a_layer_that_is_compiled_is_found_as_itself():
+    torch.compiler.reset()
+    model = net()
+    model.features = torch.compile(model.features, backend="eager")
+    with pytest.warns(UserWarning, match=r"compiled with torch\.compile"):
+        seen = GradCAM(model.features)(model, X, Y)
+    assert_same(seen.heatmap, G(net(), X, Y).heatmap)
+
+
 @pytest.mark.parametrize("run", [G.__class__.__call__, lambda g, model, x: explain(model, x, g)], ids=["g", "explain"])
 def test_a_layer_of_another_model_or_of_a_copy_is_refused(run):
     model = net()
@@ -354,6 +364,14 @@ def test_mixed_precision_keeps_the_heatmap_in_float32(heatmap, dtype):
         # bfloat16 keeps 8 bits: a few roundings of 0.4 % of the largest value.
         torch.testing.assert_close(seen.heatmap, exact.heatmap, rtol=0, atol=0.02 * exact.heatmap.max().item())
         assert all(gradient.isfinite().all() for gradient in gradients(loss, model).values())
+
+
+@each
+def test_mixed_precision_explains_weights_as_it_explains_classes(heatmap):
+    model, x = net().float(), X.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = (explainer("features", heatmap)(model, x, target).heatmap for target in (Y, one_hot(Y).float()))
+    assert_same(first, second)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -647,6 +665,38 @@ def test_a_foreign_explainer_leaves_the_model_as_ours_does(run):
         reg(model, X) if run == "forward" else reg.compute(model, X)
     assert_same(buffers_of(models[0]), buffers_of(models[1]))
     assert settings_of(models[0]) == before
+
+
+def test_a_foreign_explainer_of_a_compiled_model_runs_as_written_with_one_warning():
+    torch.compiler.reset()
+    model, plain = smoothly_deep(), smoothly_deep()
+    compiled = torch.compile(model, backend="aot_eager")  # through whose graph there is no second derivative
+    reg = CGCRegularizer(three_lines, generator=generator(0))
+    with pytest.warns(UserWarning, match=r"compiled with torch\.compile") as caught:
+        loss = reg(compiled, X)
+    assert len(caught) == 1
+    expected = CGCRegularizer(three_lines, generator=generator(0))(plain, X)
+    assert_same(gradients(loss, model), gradients(expected, plain))
+
+
+class Attending(nn.Module):
+    """A net with attention, whose fused form has no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(F.scaled_dot_product_attention(tokens, tokens, tokens).mean(dim=1))
+
+
+def test_a_foreign_explainer_may_look_through_attention():
+    model = Attending()
+    CGCRegularizer(three_lines)(model, X.float()).backward()
+    assert model.patches.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -24,6 +24,8 @@ def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn
         without_compilers(name): module for name, module in model.named_modules(remove_duplicate=False)
     }
     if isinstance(target_layer, nn.Module):
+        while "_orig_mod" in target_layer._modules:  # what `torch.compile` made of a layer
+            target_layer = target_layer.get_submodule("_orig_mod")
         for name, module in modules.items():
             if is_same(module, target_layer):
                 return name, module
