@@ -159,6 +159,7 @@ class Wrong(nn.Module):
             ValueError,
             r"`reshape_transform` must return maps.*\(4, 8, 16\)",
         ),
+        ({"reshape_transform": lambda a: (a, a)}, ValueError, r"`reshape_transform` must return maps.*got \(a"),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])

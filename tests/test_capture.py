@@ -4,7 +4,7 @@ import copy
 import functools
 import itertools
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import explainers
 import pytest
@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
 from strategies import generator
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
 from cgc_reg import CGCRegularizer, GradCAM, class_activation, explain, suggest_target_layer
+from cgc_reg.model import attention
+from cgc_reg.model.layers import find_layer
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 LAYER = "features.4"
@@ -305,6 +308,12 @@ def test_names_from_a_wrapper_are_understood(name):
     assert_same(explain(model, X, name), explain(model, X, "features.4"))
 
 
+def test_a_part_called_module_is_no_wrapper():
+    model = relu_net()
+    model.module = relu_net()
+    assert find_layer(model, "module.features") == ("module.features", model.module.features)
+
+
 def test_data_parallel_is_looked_into():
     model = relu_net()
     loss = regularizer()(nn.DataParallel(model), X)
@@ -411,8 +420,10 @@ class Measuring(nn.Module):
 @calls
 def test_a_buffer_that_is_updated_without_gradients_stays_outside_the_graph(run):
     model, reg = Measuring(), regularizer()
+    mean = model.mean
     for _ in range(2):
         run(reg, model).backward()
+        assert model.mean is mean
         assert not model.mean.requires_grad
         assert not model.last.requires_grad
     copy.deepcopy(model)
@@ -541,3 +552,90 @@ def relu_twice(model, x):
     """Run the net on x with its counter at two, as in the extra pass after the step's own."""
     model.features[2].count.fill_(2)
     return model(x)
+
+
+@calls
+def test_attention_is_fused_again_when_the_model_raises(run):
+    model = relu_net()
+    model.head = Stumble(model.head, 1)
+    with pytest.raises(ArithmeticError):
+        run(regularizer(), model)
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_attention_stays_unfused_while_another_model_is_looked_at():
+    model, seen = relu_net(), []
+
+    def look(*args):
+        explain(relu_net(), X, LAYER)
+
+    model.features[5].register_forward_hook(look)
+    model.head.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    compute(regularizer(), model)
+    assert seen == [False, False]
+
+
+def test_what_a_hook_gives_in_the_layers_place_takes_no_gradient():
+    model = relu_net().requires_grad_(False)
+    given = model.features[:5](X)
+    model.features[4].register_forward_hook(lambda *_: given)
+    explain(model, X, LAYER)
+    assert not given.requires_grad
+
+
+@calls
+def test_images_that_the_layer_hands_on_take_no_gradient(run):
+    model, x = GapNet(nn.Identity(), *relu_net().features, head=nn.Linear(8, 5)), X.clone()
+    run(CGCRegularizer("features.0"), model, x)
+    assert not x.requires_grad
+
+
+class Remembering(Measuring):
+    """A net whose loop reads its last maps from a buffer, and trains on them."""
+
+    def forward(self, x):
+        self.last = self.features(x)
+        return self.head(self.last.mean(dim=(2, 3)))
+
+
+def test_a_buffer_that_has_a_graph_in_a_plain_pass_has_one_in_a_step():
+    model, plain = Remembering(), Remembering()
+    plain.load_state_dict(model.state_dict())
+    compute(regularizer(), model)
+    plain(X)
+    assert_same(gradients(model.last.sum(), model), gradients(plain.last.sum(), plain))
+
+
+def test_tensors_that_are_saved_on_the_cpu_are_in_no_checkpoint():
+    model, seen = relu_net(nn.BatchNorm2d), []
+    model.features.register_forward_hook(lambda module, args, output: seen.append(module))
+    with torch.autograd.graph.save_on_cpu():
+        compute(regularizer(), model).backward()
+    assert seen == [model.features] * 2
+
+
+def test_attention_is_fused_again_after_threads_that_began_at_once(monkeypatch):
+    fused, switching = torch.backends.cuda.flash_sdp_enabled(), threading.Event()
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    @contextmanager
+    def slow_switch(backend):
+        if not switching.is_set():
+            switching.set()
+            second_is_in.wait(0.1)
+        with sdpa_kernel(backend):
+            yield
+
+    def second():
+        switching.wait(1)
+        with attention.unfused_attention():
+            second_is_in.set()
+            first_is_in.wait(1)
+
+    monkeypatch.setattr(attention, "sdpa_kernel", slow_switch)
+    thread = threading.Thread(target=second)
+    thread.start()
+    with attention.unfused_attention():
+        first_is_in.set()
+        thread.join()
+    assert torch.backends.cuda.flash_sdp_enabled() == fused

@@ -147,3 +147,50 @@ def test_attention_inside_a_checkpoint_is_run_again_as_it_was():
     with sdpa_kernel(SDPBackend.MATH):  # for the backward, as the README says
         CGCRegularizer(g, generator=generator(0))(model, x).backward()
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.skipif(not TELLS, reason="only `bn_mode='update'` is right there")
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
+def test_only_the_first_step_takes_a_pass_more(wrap):
+    model, passes = StagedNet().double(), []
+    model.saved = ("stem",)
+    model.head.register_forward_hook(lambda *_: passes.append(len(passes)))
+    reg, wrapped = CGCRegularizer("body"), wrap(model)
+    counts = []
+    for _ in range(3):
+        passes.clear()
+        call(reg, wrapped, X)
+        counts.append(len(passes))
+    assert counts == [3, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("part", ["scripted", "left out"])
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+@pytest.mark.skipif(not TELLS, reason="only `bn_mode='update'` is right there")
+def test_a_checkpointing_model_may_have_any_part(part, bn_mode):
+    torch.manual_seed(0)
+    model = StagedNet().double()
+    if part == "scripted":
+        model.neck = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).double().eval())
+    elif part == "left out":
+        model.aside = nn.Identity()
+        model.aside = None  # stays among the model's parts
+    plain = copy.deepcopy(model)
+    model.saved = ("stem",)
+    losses = []
+    for net in (model, plain):
+        loss = call(CGCRegularizer("body", bn_mode=bn_mode, generator=generator(0)), net, X)
+        loss.backward()
+        losses.append(loss.detach())
+    assert_same(*losses)
+    assert_same(model.stem[0].weight.grad, plain.stem[0].weight.grad)
+
+
+def test_a_checkpoint_around_the_tree_may_hold_norms_in_evaluation_mode():
+    model = StagedNet().double().eval()
+    plain = model.stem.forward
+    expected = call(CGCRegularizer("body", generator=generator(0)), model, X)
+    model.stem.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
+    assert_same(call(CGCRegularizer("body", generator=generator(0)), model, X), expected)

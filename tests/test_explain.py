@@ -107,6 +107,24 @@ def test_what_a_model_stores_for_evaluation_does_not_outlive_a_look(look):
     assert_same(model.eval()(X), logits)
 
 
+def test_what_a_part_in_evaluation_mode_stores_stays():
+    part = Caching().eval()
+    part(X)
+    model, cache = nn.Sequential(nn.Identity(), part), part.cache
+    model.training = True
+    explain(model, X, "1.features")
+    assert part.cache is cache
+
+
+def test_what_a_model_stores_for_evaluation_does_not_outlive_a_look_that_raises():
+    model = Caching()
+    model.head = nn.Linear(1, 1)
+    model.register_forward_pre_hook(lambda *_: setattr(model, "cache", model.scale.detach()))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        explain(model, X, "features")
+    assert model.cache is None
+
+
 class Trainer(Caching):
     """A net whose `train` is the training itself."""
 
@@ -276,6 +294,17 @@ def test_suggested_layer_is_no_map_of_one_pixel():
     model = relu_net()
     model.head = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 5, 1), nn.Flatten())
     assert suggest_target_layer(model, X) == "features"
+
+
+def test_suggested_layer_is_inside_a_network_that_puts_out_a_map():
+    assert suggest_target_layer(relu_net().features, X) == "3"
+
+
+def test_layers_are_suggested_without_gradients():
+    model, seen = relu_net(), []
+    model.head.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    suggest_target_layer(model, X)
+    assert seen == [False]
 
 
 def test_network_without_a_map_gets_no_suggestion():

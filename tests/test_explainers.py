@@ -235,11 +235,30 @@ def test_bad_arguments_are_refused_at_once(make, arguments, error, message):
         make(options.pop("target_layer"), **options)
 
 
+def test_a_single_image_is_refused():
+    with pytest.raises(ValueError, match="`x` must"):
+        G(net(), X[0])
+
+
 def test_bad_rules_and_heads_are_refused_at_once():
     with pytest.raises(TypeError, match=r"`rule` must be a function.*'grad_cam'"):
         LayerExplainer("features", "grad_cam")
     with pytest.raises(TypeError, match="`head` must be the dotted name"):
         CAM("features", head=nn.Linear(8, 5))
+
+
+class ConvolvedHead(GapNet):
+    """A net whose head comes before the pooling."""
+
+    def forward(self, x):
+        return self.head(self.features(x)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 3}, {"kernel_size": 1, "groups": 2}], ids=str)
+def test_a_convolution_is_a_head_only_where_it_is_a_linear_layer(options):
+    model = ConvolvedHead(*net().features, head=nn.Conv2d(8, 4, **options)).double()
+    with pytest.raises(ValueError, match="one linear layer from 8 channels to 4 classes; got none"):
+        CAM("features")(model, X)
 
 
 # ---- the layer: by name, itself, or the suggested one
@@ -438,6 +457,24 @@ def test_without_gradients_it_is_a_measure(heatmap, mode):
     assert not seen.heatmap.requires_grad
     assert not seen.logits.requires_grad
     torch.testing.assert_close((seen.heatmap, seen.logits), (expected.heatmap.detach(), expected.logits.detach()))
+
+
+def test_in_inference_mode_the_layer_may_hand_on_the_images():
+    model, g = GapNet(nn.Identity(), *net().features, head=net().head), GradCAM("features.0")
+    expected = g(model, X, Y).heatmap.detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(g(model, X.clone(), Y).heatmap, expected)
+
+
+def test_the_closed_form_of_a_model_in_half_precision_is_worked_out_in_float32():
+    model, x = net().bfloat16(), X.bfloat16()
+    expected = class_activation(model.features(x).float(), model.head.weight.float(), Y)
+    assert_same(CAM("features")(model, x, Y).heatmap, expected)
+
+
+def test_heatmaps_of_a_rule_in_half_precision_are_float32():
+    g = LayerExplainer("features", lambda a, gradient: grad_cam(a, gradient).half())
+    assert g(net(), X).heatmap.dtype is torch.float32
 
 
 @pytest.mark.parametrize("saved", ["features", "head"])

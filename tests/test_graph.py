@@ -9,6 +9,8 @@ from networks import GapNet, relu_net
 from strategies import generator
 from torch import nn
 
+from cgc_reg.model.graph import nodes_between
+
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
 
 
@@ -55,6 +57,12 @@ def test_norm_behind_the_layer_is_pointed_out_once(run):
         run(reg, model)
     assert [warning.filename for warning in caught] == [__file__]
     run(reg, model)  # a second warning would be an error
+    run(reg, nn.DataParallel(model))
+
+
+def test_norm_is_not_pointed_out_without_gradients():
+    with torch.no_grad():
+        regularizer("features.0")(mixing_net(), X)
 
 
 def test_norm_that_comes_into_training_later_is_pointed_out_then():
@@ -138,3 +146,52 @@ def test_only_what_mixes_images_is_pointed_out():
         warnings.simplefilter("error")
         for model, layer in cases:
             regularizer(layer)(model, X)
+
+
+def test_norm_of_an_earlier_layer_is_pointed_out_after_a_later_one():
+    model = mixing_net()
+    regularizer("features")(model, X)
+    with pytest.warns(UserWarning, match="BatchNorm behind `target_layer`"):
+        regularizer("features.0")(model, X)
+
+
+class OwnBatchNorm(torch.autograd.Function):
+    """A norm with a backward of its own, as that of synchronised BatchNorm."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x - x.mean(dim=(0, 2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient - gradient.mean(dim=(0, 2, 3), keepdim=True)
+
+
+class Synchronised(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return OwnBatchNorm.apply(x)
+
+
+def test_norm_with_a_backward_of_its_own_is_pointed_out():
+    with pytest.warns(UserWarning, match="BatchNorm behind `target_layer`"):
+        regularizer("features.0")(mixing_net(Synchronised), X)
+
+
+def test_each_node_is_walked_through_once():
+    source = torch.ones(2, requires_grad=True)
+    between = source * 2
+    result = between
+    for _ in range(3):
+        result = result + torch.tanh(result)  # twice as many paths each time
+    walked = list(nodes_between(between, result))
+    assert len(walked) == len(set(walked)) == 6
+
+
+def test_images_with_a_graph_do_not_make_up_for_a_heatmap_that_trains_nothing():
+    elsewhere = torch.ones(4, 4, 4, requires_grad=True)
+    reg = regularizer(heatmap=lambda activation, gradient: 2 * elsewhere)
+    with pytest.raises(RuntimeError, match="train nothing"):
+        reg(relu_net(), 2 * X.clone().requires_grad_())

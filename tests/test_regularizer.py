@@ -557,7 +557,7 @@ class Returning(nn.Module):
         (lambda logits: torchvision.models.GoogLeNetOutputs(logits, None, None), None),
         (lambda logits: {"scores": logits}, lambda output: output["scores"]),
         (lambda logits: (None, logits), None),
-        (lambda logits: (logits.sum(), logits, X, logits.argsort(dim=1)), None),
+        (lambda logits: (logits.sum(), logits, X, logits.argsort(dim=1), torch.rand(7, 5)), None),
         (lambda logits: (logits[:, :2], logits), lambda output: output[1]),
     ],
 )
@@ -806,6 +806,21 @@ def test_what_the_model_freezes_is_not_trained_after_another_layer_would_do_eith
         regularizer("stages.0")(model, X)
 
 
+def test_a_block_without_gradients_is_looked_at_once_and_leaves_no_trace():
+    net = relu_net(nn.BatchNorm2d)
+    probe, passes = LinearProbe(*net.features, head=net.head), []
+    plain = copy.deepcopy(probe)
+    probe.head.register_forward_hook(lambda *_: passes.append(1))
+    reg, counts = regularizer(), []
+    for _ in range(2):
+        passes.clear()
+        reg.compute(probe, X)
+        plain(X)
+        counts.append(len(passes))
+    assert counts == [3, 2]
+    assert_same(buffers_of(probe), buffers_of(plain))
+
+
 def test_frozen_model_has_a_loss_all_the_same():
     model = relu_net().requires_grad_(False)
     assert regularizer()(model, X).isfinite()
@@ -892,6 +907,22 @@ def test_warning_about_compilation_points_to_the_call(run):
         warnings.simplefilter("always")
         run(regularizer(), compiled)
     assert [record.filename for record in caught] == [__file__]
+
+
+def test_a_compiled_block_without_gradients_is_looked_at_as_written():
+    net, graphs = relu_net(), []
+    probe = LinearProbe(*net.features, head=net.head)
+    probe.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with pytest.warns(UserWarning, match="uncompiled"):
+        compute(regularizer(), probe)
+    assert graphs == []
+
+
+def test_a_model_is_warned_of_once_however_often_it_is_compiled():
+    model = relu_net()
+    with pytest.warns(UserWarning, match=r"compiled with torch\.compile"):
+        call(regularizer(), wrapped(model))
+    call(regularizer(), wrapped(model))  # a second warning would be an error
 
 
 @pytest.mark.parametrize("compiled", [wrapped, compiled_in_place, compiled_forward])

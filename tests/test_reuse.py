@@ -9,11 +9,11 @@ import explainers
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, buffers_of, gradients, relu_net, settings_of
+from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer, explain
+from cgc_reg import CGCRegularizer, GradCAM, explain
 from cgc_reg.model import reuse
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
@@ -254,6 +254,14 @@ def test_the_passes_of_another_regularizer_are_not_kept():
     assert_same(loss, regularizer()(model, X))
 
 
+def test_a_regularizer_that_finds_its_layer_computes_its_pass():
+    model = relu_net()
+    expected = CGCRegularizer(None, generator=generator(0))(model, X)
+    with GradCAM("features").reuse(model):
+        model(X)
+        assert_same(CGCRegularizer(None, generator=generator(0))(model, X), expected)
+
+
 def evaluated(model):
     model.eval()
     model(X)
@@ -335,7 +343,7 @@ def test_copies_made_meanwhile_are_free_of_the_block():
 
 
 class Aside(nn.Module):
-    """A net that puts out a tensor of inference mode beside its logits."""
+    """A net that puts out a tensor of inference mode beside its logits, and None."""
 
     def __init__(self):
         super().__init__()
@@ -344,7 +352,7 @@ class Aside(nn.Module):
     def forward(self, x):
         with torch.inference_mode():
             aside = x.mean()
-        return self.net(x), aside
+        return self.net(x), aside, None
 
 
 def test_a_pass_with_an_inference_tensor_beside_the_logits_is_reused():
@@ -373,3 +381,126 @@ class Centred(nn.Module):
 
     def forward(self, x):
         return x - 0.5
+
+
+class HalfFrozen(GapNet):
+    """A net that runs its first layers without gradients."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.features[:3](x)
+        return self.head(self.features[3:](x).mean(dim=(2, 3)))
+
+
+def test_the_pass_that_looks_at_a_block_without_gradients_is_not_kept():
+    net = relu_net()
+    model = HalfFrozen(*net.features, head=net.head)
+    low, high = GradCAM("features.2"), GradCAM("features.4")
+    with low.reuse(model), high.reuse(model):
+        low(model, X)
+        assert [kept.passes for kept in kept_now()] == [[], []]
+
+
+def test_a_pass_through_another_model_of_the_same_weights_is_not_reused():
+    model = relu_net()
+    twin = HalfFrozen(*model.features, head=model.head)  # with a forward of its own
+    reg = CGCRegularizer("features.4", generator=generator(0))
+    with reg.reuse(twin):
+        twin(X)
+        passes = counted(model)
+        reg(model, X)
+    assert len(passes) == 2
+
+
+def test_the_last_of_several_passes_is_reused():
+    model, reg = relu_net(), regularizer()
+    with reg.reuse(model):
+        model(X).sum().backward()  # which frees its graph
+        loss = F.cross_entropy(model(X), Y) + reg(model, X)
+    assert_same(gradients(loss, model), gradients(reused_step(regularizer(), model), model))
+
+
+def test_a_pass_that_raised_is_computed():
+    def stumble(*args):
+        raise ArithmeticError
+
+    model, reg = relu_net(), regularizer()
+    with reg.reuse(model):
+        with model.head.register_forward_hook(stumble), pytest.raises(ArithmeticError):
+            model(X)
+        loss = reg(model, X)
+    assert_same(loss, regularizer()(model, X))
+
+
+def test_a_pass_with_one_of_ours_inside_is_computed():
+    model, reg = relu_net(), regularizer()
+    expected = regularizer()(model, X)
+
+    def look(*args):
+        handle.remove()
+        GradCAM("features")(model, -X)
+
+    handle = model.features[0].register_forward_hook(look)
+    with reg.reuse(model):
+        model(X)
+        assert_same(reg(model, X), expected)
+
+
+class Unusual(nn.Module):
+    """Takes a list too, and has a layer that puts out a pair, and one that it calls twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.pair, self.twice = relu_net(), Pair(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        first, second = self.pair(images[0] if isinstance(images, list) else images)
+        return self.net(self.twice(self.twice(first)) + second)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("given", [X, [X]], ids=["tensor", "list"])
+@pytest.mark.parametrize(("layer", "error"), [("pair", TypeError), ("twice", RuntimeError)])
+def test_the_loops_pass_runs_and_what_cannot_be_explained_is_refused_as_ever(given, layer, error):
+    model, g = Unusual(), GradCAM(layer)
+    expected = model(given)
+    with g.reuse(model):
+        assert_same(model(given), expected)
+        with pytest.raises(error, match="`target_layer` must"):
+            g(model, X)
+
+
+def test_blocks_may_end_in_any_order():
+    model, other = relu_net(), relu_net()
+    first, second = regularizer().reuse(model), regularizer().reuse(other)
+    first.__enter__()
+    second.__enter__()
+    logits = other(X)
+    first.__exit__(None, None, None)
+    assert GradCAM("features")(other, X).logits is logits
+    second.__exit__(None, None, None)
+    assert kept_now() == ()
+
+
+def test_attention_is_unfused_above_the_layer_and_no_longer():
+    model, fused, reg = relu_net(), torch.backends.cuda.flash_sdp_enabled(), regularizer()
+    seen = []
+    model.head.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    with reg.reuse(model):
+        model(X)
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+    assert seen == [False]
+
+
+def test_a_compiled_model_is_not_compiled_again():
+    torch.compiler.reset()
+    model, graphs = relu_net(), []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    compiled(X)
+    with regularizer().reuse(compiled):
+        compiled(X)
+    assert len(graphs) == 1
