@@ -149,7 +149,6 @@ def test_attention_inside_a_checkpoint_is_run_again_as_it_was():
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
 
 
-@pytest.mark.skipif(not TELLS, reason="only `bn_mode='update'` is right there")
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
 def test_only_the_first_step_takes_a_pass_more(wrap):
     model, passes = StagedNet().double(), []
@@ -168,7 +167,6 @@ def test_only_the_first_step_takes_a_pass_more(wrap):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("part", ["scripted", "left out"])
 @pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
-@pytest.mark.skipif(not TELLS, reason="only `bn_mode='update'` is right there")
 def test_a_checkpointing_model_may_have_any_part(part, bn_mode):
     torch.manual_seed(0)
     model = StagedNet().double()
