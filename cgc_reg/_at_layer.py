@@ -73,7 +73,8 @@ class AtLayer:
                 warn_if_images_mix(unwrap(model), made)
             target = target_of(target, made.logits)
             heatmap = at_least_float32(g._heatmap(unwrap(model), made, target))
-            return in_its_graph(Explanation(heatmap, made.logits, target, made.output), model, x)
+            seen = Explanation(heatmap, made.logits, target, made.output)
+            return in_its_graph(seen, model, x, made.layer_output)
 
     def with_layer(self, model: nn.Module, x: Tensor) -> Self:
         """Return this explainer with its layer: where it has none, that of :func:`suggest_target_layer`."""

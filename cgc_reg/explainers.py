@@ -298,4 +298,9 @@ def explained(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor 
     if seen.target is None:
         raise TypeError("The explainer must return the target that it explained; got None.")
     target = target_of(as_target(seen.target, n, logits.device), logits)
+    if torch.is_grad_enabled() and heatmap.requires_grad and not logits.requires_grad:
+        raise RuntimeError(
+            "The explainer must return logits in the graph, since a cross-entropy on them would train nothing; got "
+            "some without. Take them from a pass with gradients, and do not detach them."
+        )
     return in_its_graph(Explanation(at_least_float32(heatmap), logits, target, seen.output), model, x)

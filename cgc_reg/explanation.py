@@ -53,9 +53,15 @@ class Explainer(Protocol):
         """Explain the model's scores for x."""
 
 
-def in_its_graph(seen: Explanation, model: nn.Module, x: Tensor) -> Explanation:
-    """Return an explanation whose backward trains something, or that has none."""
-    if not torch.is_grad_enabled() or not check_trainable(seen.heatmap, model, x):
+def in_its_graph(seen: Explanation, model: nn.Module, x: Tensor, layer_output: Tensor | None = None) -> Explanation:
+    """Return an explanation whose backward trains something, or that has none.
+
+    Args:
+        seen: of a pass.
+        model, x: of the pass.
+        layer_output: of a pass of ours, see :func:`check_trainable`.
+    """
+    if not torch.is_grad_enabled() or not check_trainable(seen.heatmap, model, x, layer_output):
         # Such a pass still builds a graph from the layer upward, for the inner gradient. A loss in it would have a
         # backward that does nothing, in silence.
         output = tree_map_only(Tensor, Tensor.detach, seen.output)

@@ -447,6 +447,31 @@ def test_images_may_be_what_is_trained():
     torch.testing.assert_close(gradient, expected)
 
 
+def test_what_is_trained_may_be_no_parameter():
+    """A prompt that a hook adds, as a plain tensor, to a frozen model."""
+    model, prompt = net().requires_grad_(False), torch.zeros(6, 1, 1, requires_grad=True, dtype=torch.float64)
+    model.features[0].register_forward_hook(lambda module, args, output: output + prompt)
+    for loss in (loss_of(G(model, X, Y).heatmap), CGCRegularizer(G)(model, X)):
+        (gradient,) = torch.autograd.grad(loss, prompt)
+        assert gradient.norm() > 0
+
+
+def test_weights_of_scores_may_be_what_is_trained():
+    weights = one_hot(Y).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(G(net().requires_grad_(False), X, weights).heatmap), weights)
+    assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_measure_of_a_model_with_a_trunk_without_gradients_is_one_pass_for_its_statistics(mode):
+    build = net(nn.BatchNorm2d)
+    model, plain = (LinearProbe(*copy.deepcopy(build).features, head=build.head) for _ in range(2))
+    with mode():
+        G(model, X.clone(), Y)
+        plain(X.clone())
+    assert_same(buffers_of(model), buffers_of(plain))
+
+
 @each
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_it_is_a_measure(heatmap, mode):
@@ -592,6 +617,15 @@ def test_one_pass_serves_two_layers_and_a_regularizer():
     expected = (G(plain, X, Y).heatmap, HiResCAM("features.2")(plain, X, Y).heatmap)
     assert_same((near.heatmap, far.heatmap), expected)
     assert_same(cgc, CGCRegularizer(G, generator=generator(0))(plain, X, Y))
+
+
+def test_a_pass_before_the_images_required_a_gradient_is_not_reused():
+    model, x = net(), X.clone()
+    with G.reuse(model):
+        model(x)
+        heatmap = G(model, x.requires_grad_(), Y).heatmap
+    (gradient,) = torch.autograd.grad(loss_of(heatmap), x)
+    assert gradient.norm() > 0
 
 
 def test_what_is_kept_of_another_layer_is_not_reused():
@@ -789,6 +823,7 @@ def returning(**changed):
         (returning(heatmap=torch.rand(4, 8, 8)), RuntimeError, "heatmaps that train nothing"),
         (returning(heatmap=torch.rand(4, 8, 8).requires_grad_()), RuntimeError, "heatmaps that train nothing"),
         (returning(heatmap=torch.rand(4, 1, 1)), RuntimeError, "train nothing"),
+        (returning(logits=torch.rand(4, 5)), RuntimeError, "logits in the graph"),
         (lambda model, x, target: G(model, x - 0, target).logits, TypeError, "must return an Explanation"),
     ],
 )

@@ -16,6 +16,7 @@ from cgc_reg.model.frozen import check_frozen_block
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.outputs import OutputFunction, find_logits
 from cgc_reg.model.own import own_pass
+from cgc_reg.model.statistics import statistics_mode
 from cgc_reg.model.wrappers import ExposedLayer, data_parallel, unwrap
 
 
@@ -46,8 +47,9 @@ def forward_pass(
         made, _ = _run(model, x, target_layer, output_fn)
         if made.logits.requires_grad:
             return made
-        # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended.
-        with torch.enable_grad():
+        # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended. The model
+        # has had its pass, and this one leaves no trace in its buffers.
+        with torch.enable_grad(), statistics_mode(model, "preserve"):
             made, _ = _run(model, x, target_layer, output_fn)
         return made
     warn_if_compiled(model)

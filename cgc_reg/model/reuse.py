@@ -116,6 +116,7 @@ def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return (
         x._version,
+        x.requires_grad,
         *((weight._version, weight.data_ptr(), weight.requires_grad) for weight in model.parameters()),
         *(module.training for module in model.modules()),
         torch.get_autocast_dtype(device) if autocast else None,
