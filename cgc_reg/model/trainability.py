@@ -14,8 +14,8 @@ def check_trainable(heatmap: Tensor, model: nn.Module, x: Tensor, layer_output: 
         heatmap: (n, h, w), as it was made where gradients are on.
         model: that made it.
         x: images that it was made of.
-        layer_output: what a pass of ours made of them, where the graph may start: any other leaf is one to train. None
-            for a pass that is not ours, whose graph may start anywhere: parameters are to train, and what x was made of.
+        layer_output: what a pass of ours made of them, where the graph may start: any other leaf is one to train. For a
+            pass that is not ours, whose graph may start anywhere, None: to train are parameters, and what made x.
     """
     if layer_output is not None:
         trains = any(leaf is not layer_output for leaf in leaves(heatmap))
