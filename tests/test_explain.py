@@ -250,6 +250,7 @@ def test_explain_is_float32_under_autocast():
     ("arguments", "error", "message"),
     [
         ({"x": X[0]}, ValueError, "`x` must be images"),
+        ({"x": X.numpy()}, TypeError, "`x` must be a tensor"),
         ({"x": X.byte()}, TypeError, "`x` must hold floating-point"),
         ({"model": "resnet18"}, TypeError, "`model` must be"),
         ({"explainer": "faetures"}, ValueError, "`target_layer`.*'features'"),
@@ -257,6 +258,7 @@ def test_explain_is_float32_under_autocast():
         ({"explainer": nn.ReLU()}, TypeError, "`explainer` must be.*`GradCAM.layer.`"),
         ({"explainer": 4}, TypeError, "`explainer` must be.*got 4"),
         ({"target": torch.zeros(3).long()}, ValueError, r"`target`.*\(4,\)"),
+        ({"target": [[0.5, 0.5], [1.0]]}, TypeError, "`target` must be a tensor, a list"),
         ({"target": torch.zeros(4)}, TypeError, "`target` must hold integer"),
         ({"explainer": CAM("features", head="haed")}, ValueError, "`head`.*'head'"),
         ({"explainer": LayerExplainer("features", lambda a, g: a)}, ValueError, "`rule` must return heatmaps"),
@@ -336,6 +338,30 @@ def test_closed_form_does_not_hold_before_two_linear_layers():
     model.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
     with pytest.raises(ValueError, match="CAM must agree with autograd"):
         check_closed_form(model, X, "features")
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, x):
+        return {"scores": self.net(x)}
+
+
+def test_closed_form_is_checked_with_the_options_of_the_explainer():
+    assert check_closed_form(relu_net(), X) < 1e-5
+    assert check_closed_form(Named(), X, CAM("net.features", output_fn=lambda output: output["scores"])) < 1e-5
+
+
+def test_closed_form_of_another_explainer_is_refused():
+    with pytest.raises(TypeError, match="`explainer` must be a CAM"):
+        check_closed_form(relu_net(), X, GradCAM("features"))
+
+
+def test_closed_form_does_not_hold_where_heatmaps_are_no_numbers():
+    with pytest.raises(ValueError, match="got a distance of nan"):
+        check_closed_form(relu_net(), torch.full_like(X, float("nan")), "features")
 
 
 def test_tolerance_decides_what_is_close():

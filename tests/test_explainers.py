@@ -435,8 +435,14 @@ def test_a_heatmap_that_trains_nothing_is_refused():
 
 def test_of_a_model_with_nothing_to_train_it_has_no_graph():
     seen = G(net().requires_grad_(False), X)
-    assert not seen.heatmap.requires_grad
-    assert not seen.logits.requires_grad
+    assert not any(shown.requires_grad for shown in (seen.heatmap, seen.logits, seen.output))
+
+
+def test_a_loss_on_the_heatmap_gives_no_gradient_to_what_it_does_not_depend_on():
+    model = net()
+    G(model, X).heatmap.sum().backward()
+    assert model.head.weight.grad is not None
+    assert model.head.bias.grad is None
 
 
 def test_images_may_be_what_is_trained():
@@ -491,10 +497,23 @@ def test_in_inference_mode_the_layer_may_hand_on_the_images():
         torch.testing.assert_close(g(model, X.clone(), Y).heatmap, expected)
 
 
-def test_the_closed_form_of_a_model_in_half_precision_is_worked_out_in_float32():
-    model, x = net().bfloat16(), X.bfloat16()
-    expected = class_activation(model.features(x).float(), model.head.weight.float(), Y)
-    assert_same(CAM("features")(model, x, Y).heatmap, expected)
+@pytest.mark.parametrize("target", [Y, torch.rand(4, 5, generator=generator(2))], ids=["classes", "weights"])
+@pytest.mark.parametrize("half", ["weights", "arithmetic"])
+def test_the_closed_form_of_a_model_in_half_precision_is_worked_out_in_float32(half, target):
+    model, x = net().bfloat16() if half == "weights" else net().float(), X.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half == "arithmetic"):
+        x = x.bfloat16() if half == "weights" else x
+        activation = model.features(x)
+        heatmap = CAM("features")(model, x, target).heatmap
+    assert_same(heatmap, class_activation(activation.float(), model.head.weight.float(), target))
+
+
+def test_a_rule_runs_outside_of_autocast():
+    seen = []
+    g = LayerExplainer("features", lambda a, da: seen.append(torch.is_autocast_enabled("cpu")) or grad_cam(a, da))
+    with torch.autocast("cpu", torch.bfloat16):
+        g(net().float(), X.float())
+    assert seen == [False]
 
 
 def test_heatmaps_of_a_rule_in_half_precision_are_float32():
@@ -773,10 +792,10 @@ def test_a_foreign_explainer_may_look_through_attention():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_foreign_explainer_measures_without_gradients(mode):
     model = net()
-    expected = CGCRegularizer(three_lines, generator=generator(0)).compute(model, X)
+    expected = CGCRegularizer(three_lines, generator=generator(0)).compute(model, X, Y)
     with mode():
-        out = CGCRegularizer(three_lines, generator=generator(0)).compute(model, X.clone())
-        maps = explain(model, X.clone(), three_lines)
+        out = CGCRegularizer(three_lines, generator=generator(0)).compute(model, X.clone(), Y.clone())
+        maps = explain(model, X.clone(), three_lines, Y.clone())
     assert not out.loss.requires_grad
     torch.testing.assert_close(out.loss, expected.loss.detach())
     torch.testing.assert_close(maps, expected.heatmap.detach())
@@ -817,6 +836,10 @@ def returning(**changed):
         (returning(heatmap=torch.rand(4, 1, 8, 8)), ValueError, r"heatmaps of shape \(4, h, w\); got .*\(4, 1, 8, 8\)"),
         (returning(heatmap=torch.rand(3, 8, 8)), ValueError, r"heatmaps of shape \(4, h, w\); got .*\(3, 8, 8\)"),
         (returning(heatmap=torch.zeros(4, 8, 8).long()), ValueError, "heatmaps of shape.*int64"),
+        (returning(heatmap=None), ValueError, "heatmaps of shape.*got None"),
+        (returning(logits=None), ValueError, "logits of shape.*got None"),
+        (returning(logits=torch.rand(3, 5)), ValueError, r"logits of shape \(4, classes\); got .*\(3, 5\)"),
+        (returning(target=9), ValueError, "`target` must hold classes from 0 to 4"),
         (returning(logits=torch.rand(4)), ValueError, r"logits of shape \(4, classes\); got .*\(4,\)"),
         (returning(target=None), TypeError, "must return the target"),
         (returning(target=torch.zeros(3).long()), ValueError, "`target` must be of shape"),
@@ -846,3 +869,20 @@ def test_a_name_is_short_for_grad_cam():
         assert CGCRegularizer(short).explainer == long
     regs = [CGCRegularizer(g, generator=generator(0)) for g in ("features", G)]
     assert_same(*(reg(net(), X) for reg in regs))
+
+
+def test_heatmaps_of_a_foreign_explainer_in_half_precision_become_float32():
+    def halved(model, x, target=None):
+        seen = three_lines(model, x, target)
+        return dataclasses.replace(seen, heatmap=seen.heatmap.half())
+
+    out = CGCRegularizer(halved, generator=generator(0)).compute(net(), X)
+    assert out.heatmap.dtype is torch.float32
+
+
+def test_a_foreign_explainer_is_looked_at_in_inference_mode_and_gets_classes():
+    model = net()
+    expected = explain(model, X, three_lines, Y)
+    with torch.inference_mode():
+        assert_same(explain(model, X.clone(), three_lines, Y.clone()), expected)
+    assert_same(explain(model, X, three_lines, 2), explain(model, X, three_lines, torch.full((4,), 2)))

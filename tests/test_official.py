@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.transforms.functional import hflip, resized_crop
 
-from cgc_reg import CGCRegularizer, SpatialTransform
+from cgc_reg import CGCRegularizer, LayerExplainer, SpatialTransform
+from cgc_reg.official import official_heatmap
 
 CASES = json.loads((Path(__file__).parent / "data" / "official_parity.json").read_text())["cases"]
 
@@ -44,3 +45,8 @@ def test_preset_reproduces_the_authors_code(case):
     parameters = dict(model.named_parameters())
     for name, norm in case["grad_norm"].items():
         assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=5e-3), name
+
+
+@pytest.mark.parametrize("layer", ["layer4", None])
+def test_preset_has_the_authors_rule_at_any_layer(layer):
+    assert CGCRegularizer.official(layer).explainer == LayerExplainer(layer, official_heatmap)

@@ -847,6 +847,18 @@ def test_heatmap_without_a_graph_serves_as_a_metric():
         assert regularizer(heatmap=lambda a, g: grad_cam(a, g).detach())(relu_net(), X).isfinite()
 
 
+def test_a_loss_of_ones_own_runs_outside_of_autocast():
+    seen = []
+
+    def loss(query, key):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return (query - key).square().mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        regularizer(loss=loss)(relu_net(), X)
+    assert seen == [False]
+
+
 def test_blank_heatmaps_train_on():
     out = regularizer(heatmap=lambda a, g: (0 * a * g).sum(dim=1)).compute(relu_net(), X)
     assert out.scalars["blank_share"] == 1

@@ -40,10 +40,11 @@ def reused_step(reg, model, x=X):
         return F.cross_entropy(model(x), Y) + reg(model, x)
 
 
-def test_two_lines_cost_two_passes():
-    model = relu_net()
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+def test_two_lines_cost_two_passes(bn_mode):
+    model = relu_net(nn.BatchNorm2d)
     passes = counted(model)
-    reused_step(regularizer(), model)
+    reused_step(regularizer(bn_mode=bn_mode), model)
     assert len(passes) == 2
 
 
