@@ -10,11 +10,11 @@ import explainers
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, buffers_of, relu_net
+from networks import assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer, explain, expose_layer, suggest_target_layer
+from cgc_reg import CGCRegularizer, GradCAM, explain, expose_layer, suggest_target_layer
 
 X = torch.randn(4, 3, 32, 32, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4])
@@ -145,6 +145,8 @@ def test_a_model_with_a_compiled_part_names_its_layers_as_if_it_were_not():
     expected = explain(plain, X, "features.3")
     assert_same(explain(model, X, "features.3"), expected)
     assert_same(explain(model, X, "features._orig_mod.3"), expected)
+    with GradCAM("features.3").reuse(model), pytest.warns(UserWarning, match="uncompiled"):
+        assert_same(GradCAM("features.3")(model.eval(), X).heatmap.detach(), expected)
 
 
 def test_an_in_place_layer_behind_an_exposed_one_changes_nothing():
@@ -164,9 +166,26 @@ def test_exposed_layer_must_be_the_regularizers():
     assert reg.explainer.target_layer == "features.3"
 
 
+def test_an_exposed_layer_may_be_named_as_in_a_wrapper():
+    inner = relu_net()
+    model = torch.compile(expose_layer(inner, "module.features"), backend="eager")
+    torch.testing.assert_close(regularizer()(model, X), regularizer()(inner, X))
+
+
 def test_exposing_a_misspelt_layer_gets_close_matches():
     with pytest.raises(ValueError, match="Do you mean 'features'"):
         expose_layer(relu_net(), "featurs")
+    with pytest.raises(TypeError, match="`model` must be"):
+        expose_layer("resnet18", "layer4")
+
+
+def test_an_exposed_model_is_left_as_found_when_it_raises():
+    model = relu_net()
+    model.head = nn.Linear(1, 1)  # the pooled map has 8 channels
+    before = settings_of(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        expose_layer(model, "features")(X)
+    assert settings_of(model) == before
 
 
 def test_exposing_a_layer_that_is_not_called_is_refused():

@@ -41,6 +41,7 @@ from cgc_reg import (
     grad_cam,
     info_nce,
     mse_consistency,
+    suggest_target_layer,
 )
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
@@ -943,6 +944,7 @@ def test_compiled_model_is_explained(compiled):
     expected = explain(model, X, "features")
     fast = compiled(model)
     fast(X)
+    assert suggest_target_layer(fast, X) == "features"
     assert_same(explain(fast, X, "features"), expected)
 
 
