@@ -38,8 +38,8 @@ def as_target(target: object, batch_size: int, device: torch.device) -> Tensor |
         raise TypeError(f"`target` must be a tensor, a list or an integer; got {describe(target)}. {_REPAIR}")
     if target.ndim == 0:
         target = target.expand(batch_size)
-    whole = not target.is_floating_point() and not target.is_complex()
-    if target.ndim == 2 and len(target) == batch_size and not target.is_complex():
+    whole = not target.is_floating_point()
+    if target.ndim == 2 and len(target) == batch_size:
         return target.to(torch.get_default_dtype()) if whole else target
     if target.shape != (batch_size,):
         raise ValueError(
@@ -57,7 +57,7 @@ def as_target(target: object, batch_size: int, device: torch.device) -> Tensor |
 def target_of(target: Tensor | None, logits: Tensor) -> Tensor:
     """Return a target that fits the logits (n, k): the one given, or the predicted classes."""
     if target is None:
-        return logits.detach().argmax(dim=1)
+        return logits.argmax(dim=1)
     classes = logits.shape[1]
     if target.ndim == 2:
         if target.shape != logits.shape:

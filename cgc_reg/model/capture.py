@@ -46,7 +46,7 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
     fresh: list[Tensor] = []  # the layer's output without a graph, and nobody else's
 
     def begin(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not is_this_pass() or not isinstance(output, Tensor) or output.requires_grad:
+        if not isinstance(output, Tensor) or output.requires_grad:
             return None
         fresh.append(output.detach())
         return fresh[-1]

@@ -43,7 +43,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     That is by ``torch.compile(module)``, ``module.compile()`` or ``module.forward = torch.compile(module.forward)``.
     """
     with ExitStack() as stack:
-        for module in list(model.modules()):
+        for module in model.modules():
             forward = _original_forward(module)
             if forward is not None:
                 stack.enter_context(attribute(module, "forward", forward))

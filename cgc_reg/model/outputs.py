@@ -21,7 +21,7 @@ def find_logits(output: Any, output_fn: OutputFunction | None, batch_size: int) 
     logits: object = output
     if output_fn is not None:
         logits = output_fn(output)
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+    elif hasattr(output, "logits"):
         logits = output.logits
     elif isinstance(output, Mapping):
         logits = output.get("logits")

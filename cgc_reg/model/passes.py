@@ -15,7 +15,6 @@ from cgc_reg.model.compilation import uncompiled, warn_if_compiled
 from cgc_reg.model.frozen import check_frozen_block
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.outputs import OutputFunction, find_logits
-from cgc_reg.model.own import own_pass
 from cgc_reg.model.statistics import statistics_mode
 from cgc_reg.model.wrappers import ExposedLayer, data_parallel, unwrap
 
@@ -88,7 +87,7 @@ def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: 
         x, output_fn: as for :func:`forward_pass`.
         exposed: what was compiled.
     """
-    with nullcontext() if torch.is_grad_enabled() else without_autocast_cache(), own_pass():
+    with nullcontext() if torch.is_grad_enabled() else without_autocast_cache():
         output, layer_output = model(x)
     name, layer = find_layer(unwrap(exposed), exposed.target_layer)
     logits = find_logits(output, output_fn, len(x))

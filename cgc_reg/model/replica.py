@@ -33,7 +33,7 @@ def replicated(model: nn.Module) -> Iterator[nn.Module]:
 
 def is_same(module: nn.Module, other: nn.Module) -> bool:
     """Tell whether two modules are one, or one is a replica of the other."""
-    return module is other or module._parameters is other._parameters  # which a copy would have of its own
+    return module._parameters is other._parameters  # which a copy would have of its own
 
 
 def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:

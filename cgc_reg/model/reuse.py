@@ -50,7 +50,7 @@ class KeptPasses:
         """See whether a pass that begins can be reused."""
         x = _only_input(self.inner, args, kwargs)
         self.going = None
-        if x is not None and not x.is_inference() and torch.is_grad_enabled() and not is_own_pass():
+        if x is not None and not x.is_inference() and not is_own_pass():
             self.going = KeptPass(x, _state(self.model, x))
 
     def keep(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:

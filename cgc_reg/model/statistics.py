@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,7 +33,7 @@ def statistics_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[list[nn.M
     with ExitStack() as stack:
         for module in model.modules() if mode != "update" else ():
             if "running_mean" in module._buffers:  # also of a scripted one, which has no class of its own
-                if not module.training or module.running_mean is None:
+                if not module.training:
                     continue  # which writes nothing
                 if mode == "eval":
                     stack.enter_context(attribute(module, "training", False))
@@ -42,24 +41,10 @@ def statistics_mode(model: nn.Module, mode: BatchNormMode) -> Iterator[list[nn.M
             for name, buffer in buffers:
                 if buffer not in copies:
                     copies[buffer] = buffer.clone()
-                stack.enter_context(_buffer(module, name, copies[buffer]))
+                stack.enter_context(attribute(module, name, copies[buffer]))
             if buffers:
                 changed.append(module)
         yield changed
-
-
-@contextmanager
-def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    if isinstance(module, torch.jit.ScriptModule):  # whose buffers live elsewhere
-        with attribute(module, name, value):
-            yield
-        return
-    before = module._buffers[name]
-    module._buffers[name] = value
-    try:
-        yield
-    finally:
-        module._buffers[name] = before
 
 
 def norms_in_training(model: nn.Module) -> int:

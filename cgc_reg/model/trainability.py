@@ -20,7 +20,7 @@ def check_trainable(heatmap: Tensor, model: nn.Module, x: Tensor, layer_output: 
     if layer_output is not None:
         trains = any(leaf is not layer_output for leaf in leaves(heatmap))
     else:
-        wanted = {id(leaf) for leaf in (*model.parameters(), *leaves(x))}
+        wanted = {id(leaf) for leaf in leaves(x)}
         trains = any(id(leaf) in wanted or isinstance(leaf, nn.Parameter) for leaf in leaves(heatmap))
     if trains:
         return True
