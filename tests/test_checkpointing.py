@@ -192,3 +192,33 @@ def test_a_checkpoint_around_the_tree_may_hold_norms_in_evaluation_mode():
     expected = call(CGCRegularizer("body", generator=generator(0)), model, X)
     model.stem.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
     assert_same(call(CGCRegularizer("body", generator=generator(0)), model, X), expected)
+
+
+def test_in_update_mode_a_forward_may_replace_buffers():
+    class Counting(StagedNet):
+        """Counts its passes in a new tensor each time."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("passes", torch.tensor(0))
+
+        def forward(self, x):
+            self.passes = self.passes + 1
+            return super().forward(x)
+
+    model = Counting().double()
+    model.saved = ("stem",)
+    call(CGCRegularizer("body"), model, X)  # from here on the model is known to checkpoint
+    assert model.passes == 0
+    call(CGCRegularizer("body", bn_mode="update"), model, X)
+    assert model.passes == 2
+
+
+def test_a_users_hook_finds_the_layers_that_it_knows():
+    model = StagedNet().double()
+    model.saved = ("stem",)
+    layers = {module: name for name, module in model.named_modules()}
+    seen = []
+    model.stem[0].register_forward_hook(lambda module, args, output: seen.append(layers[module]))
+    call(CGCRegularizer("body"), model, X).backward()
+    assert set(seen) == {"stem.0"}

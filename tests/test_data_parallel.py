@@ -5,6 +5,7 @@ Every training runs in one set of processes, started once; each process writes w
 
 import contextlib
 import itertools
+import warnings
 
 import explainers
 import gloo
@@ -66,6 +67,12 @@ def heatmap_alone(model, share):
     return GradCAM("features")(model, X[share]).heatmap.square().mean()
 
 
+def reuse(model, share):
+    reg = regularizer(share)
+    with reg.reuse(model):
+        return F.cross_entropy(model(X[share]), Y[share]) + reg(model, X[share])
+
+
 LOOPS = {"compute": compute, "call": call, "compute alone": compute_alone, "call alone": call_alone}
 WRAPPERS = {
     "default": {},
@@ -75,7 +82,7 @@ WRAPPERS = {
 }
 SHARDING = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 runs on CPUs from torch 2.7 on
 SHARDED_LOOPS = LOOPS if SHARDING else ()
-ALL_LOOPS = {**LOOPS, "heatmap alone": heatmap_alone}
+ALL_LOOPS = {**LOOPS, "heatmap alone": heatmap_alone, "reuse": reuse}
 TRAININGS = [
     (loop, wrapper, accumulate)
     for loop, wrapper, accumulate in itertools.product(ALL_LOOPS, WRAPPERS, [False, True])
@@ -120,7 +127,9 @@ def ddp(rank, loop, wrapper, accumulate):
 def compiled_ddp(rank):
     inner = network(nn.BatchNorm2d)
     model = DistributedDataParallel(torch.compile(expose_layer(inner, "features"), backend="aot_eager"))
-    return train(rank, model, inner, call, heatmap="class_activation", steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The model is compiled")  # and would run as written
+        return train(rank, model, inner, call, heatmap="class_activation", steps=2)
 
 
 def sharded(rank, world, loop, parts=(), **options):

@@ -31,8 +31,7 @@ def warn_if_compiled(model: nn.Module) -> None:
 def is_compiled(model: nn.Module) -> bool:
     """Tell whether the model or a part of it is compiled."""
     return any(
-        holds_original(module) or module._compiled_call_impl is not None or _original_forward(module) is not None
-        for module in model.modules()
+        module._compiled_call_impl is not None or _original_forward(module) is not None for module in model.modules()
     )
 
 
@@ -49,9 +48,6 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(attribute(module, "forward", forward))
             if module._compiled_call_impl is not None:
                 stack.enter_context(attribute(module, "_compiled_call_impl", None))
-            for name, child in module.named_children():
-                if (holds_original(child) or isinstance(child, ExposedLayer)) and not holds_original(module):
-                    stack.enter_context(attribute(module, name, unwrap(child)))
         yield
 
 

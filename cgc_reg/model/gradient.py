@@ -33,4 +33,4 @@ def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create
         (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, allow_unused=True)
         if gradient is None:
             return None
-        return at_least_float32(gradient) if scale == 1 else at_least_float32(gradient) / scale
+        return at_least_float32(gradient) / scale

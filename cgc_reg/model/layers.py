@@ -24,7 +24,7 @@ def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn
         without_compilers(name): module for name, module in model.named_modules(remove_duplicate=False)
     }
     if isinstance(target_layer, nn.Module):
-        while "_orig_mod" in target_layer._modules:  # what `torch.compile` made of a layer
+        if "_orig_mod" in target_layer._modules:  # what `torch.compile` made of a layer
             target_layer = target_layer.get_submodule("_orig_mod")
         for name, module in modules.items():
             if is_same(module, target_layer):
@@ -35,11 +35,11 @@ def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn
             "its name, which holds for copies too."
         )
     name = without_compilers(target_layer)
-    while name.startswith("module.") and name not in modules:
-        name = name.partition(".")[2]
+    if name not in modules:
+        name = name.removeprefix("module.")  # as in a wrapper
     # An average of weights, such as torch's AveragedModel, holds the model as its `module`.
     for known in (name, f"module.{name}"):
-        if name and known in modules:
+        if known in modules:
             return known, modules[known]
     raise ValueError(
         f"`target_layer` must be the dotted name of a layer of {type(model).__name__}; got {name!r}."

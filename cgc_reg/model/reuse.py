@@ -67,10 +67,10 @@ class KeptPasses:
             self.going.inner_output = output
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep a pass that called the layer once; one that raised has no output."""
+        """Keep a pass that called the layer once."""
         self.above_the_layer.close()
         going, self.going = self.going, None
-        if going is not None and output is not None and len(going.layer_outputs) == 1:
+        if going is not None and len(going.layer_outputs) == 1:
             going.output, going.versions = output, _versions(output)
             self.passes.append(going)
 
@@ -104,8 +104,8 @@ def _only_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if len(given) != 1 or not isinstance(given[0], Tensor):
         return None
     if kwargs:
-        first = next(iter(signature(model.forward).parameters.values()), None)
-        if first is None or first.kind is not Parameter.POSITIONAL_OR_KEYWORD or first.name not in kwargs:
+        first = next(iter(signature(model.forward).parameters.values()))
+        if first.kind is not Parameter.POSITIONAL_OR_KEYWORD or first.name not in kwargs:
             return None
     return given[0]
 
@@ -113,13 +113,12 @@ def _only_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
     """Return what decides a pass besides its input: to be compared, not read."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return (
         x._version,
         x.requires_grad,
         *((weight._version, weight.data_ptr(), weight.requires_grad) for weight in model.parameters()),
         *(module.training for module in model.modules()),
-        torch.get_autocast_dtype(device) if autocast else None,
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device),
     )
 
 
@@ -170,7 +169,7 @@ def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Non
             model.register_forward_pre_hook(_Hook(kept.begin), with_kwargs=True),
             kept.layer.register_forward_hook(_Hook(kept.keep)),
             kept.inner.register_forward_hook(_Hook(kept.end_inside)),
-            model.register_forward_hook(_Hook(kept.end), always_call=True),  # also when the pass raises
+            model.register_forward_hook(_Hook(kept.end)),
             # Fused optimizers change weights without moving their versions.
             register_optimizer_step_post_hook(lambda *_: kept.passes.clear()),
         ):
@@ -181,4 +180,3 @@ def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Non
         finally:
             # Blocks may end in any order.
             _KEPT.set(tuple(other for other in _KEPT.get() if other is not kept))
-            kept.passes.clear()
