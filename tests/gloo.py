@@ -1,17 +1,26 @@
 """Real processes that talk through gloo, each returning a dictionary of what it got."""
 
 import datetime
+import multiprocessing
 import os
 import warnings
 
 import torch
 import torch.distributed as dist
 
+# What the processes are forked from has imported these once for all of them, and has run nothing.
+multiprocessing.set_forkserver_preload(["torch", "torchvision", "cgc_reg"])
+
 
 def run(work, world_size, folder, timeout=datetime.timedelta(minutes=1)):
     """Return what `work(rank)` returns in each process; a process whose partner died gives up after the timeout."""
-    torch.multiprocessing.spawn(_process, (work, world_size, folder, timeout), nprocs=world_size)
+    start(_process, (work, world_size, folder, timeout), world_size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def start(work, args, processes):
+    """Run `work(rank, *args)` in each process; an error of one is raised here, and ends the others."""
+    torch.multiprocessing.start_processes(work, args, processes, start_method="forkserver")
 
 
 def _process(rank, work, world_size, folder, timeout):

@@ -1,17 +1,21 @@
-"""A training of the lab in several processes, started by torchrun as a person would.
+"""A training of the lab in several processes, as torchrun starts them.
 
-Under torchrun this file itself trains as the lab does, on a few shapes, and each process leaves a record of what it
-did in the folder that is the first argument.
+This file itself trains as the lab does, on a few shapes, and each process leaves a record of what it did in the folder
+that is the first argument. Two tests start it by torchrun, as a person would; the others give the processes what
+torchrun does, which saves them a start of Python each.
 """
 
+import io
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import gloo
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -110,10 +114,32 @@ def torchrun(processes, *arguments):
     return process.returncode, printed, errors
 
 
-def train(folder, *options, processes=PROCESSES):
+def joined(processes, folder, *options):
+    """Do `work` in processes with the settings that torchrun gives; return what `torchrun` returns."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # outlives them
+    gloo.start(_as_torchrun_starts_it, (processes, store.port, folder, [str(option) for option in options]), processes)
+    status, printed, errors = zip(*(torch.load(folder / f"{rank}.end") for rank in range(processes)), strict=True)
+    return max(status), "".join(printed), "".join(errors)
+
+
+def _as_torchrun_starts_it(rank, processes, port, folder, options):
+    own = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME="lo")
+    printed, errors, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(printed), redirect_stderr(errors):
+        try:
+            work(folder, *options)
+        except SystemExit as end:
+            status = 1
+            print("" if isinstance(end.code, int) else end.code, file=sys.stderr)
+    torch.save((status, printed.getvalue(), errors.getvalue()), folder / f"{rank}.end")
+
+
+def train(folder, *options, processes=PROCESSES, start=joined):
     """Train in several processes; return what was printed, and the record of each process."""
     folder.mkdir(exist_ok=True)
-    status, printed, errors = torchrun(processes, __file__, folder, "--out", folder / "run", *options)
+    status, printed, errors = start(processes, folder, "--out", folder / "run", *options)
     assert status == 0, errors
     return printed, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
@@ -122,7 +148,7 @@ def train(folder, *options, processes=PROCESSES):
 def whole(tmp_path_factory):
     """A run that nothing interrupts: its folder, what it printed, and its records."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, *train(folder)
+    return folder, *train(folder, start=lambda processes, *arguments: torchrun(processes, __file__, *arguments))
 
 
 def assert_same_runs(runs, others):
@@ -221,28 +247,30 @@ def test_unlabelled_images_two_views_and_gathered_negatives(tmp_path):
 
 
 def broken_image(whole, tmp_path):
-    """One process meets an image that cannot be read."""
+    """One process meets an image that cannot be read; torchrun ends the others."""
     images = write_images(tmp_path / "images")
     (images / "train" / "n01440764" / "0.JPEG").write_bytes(b"not an image")
     command = ["-m", "lab", "train", *TINY, "--workers", "1"]
-    return [*command, "--data", images], r"error: the image .*0\.JPEG cannot be read"
+    ended = torchrun(2, *command, "--data", images, "--out", tmp_path / "run")
+    return ended, r"error: the image .*0\.JPEG cannot be read"
 
 
 def other_number(whole, tmp_path):
     """All processes refuse a run that was started in another number of them."""
     shutil.copytree(whole[0] / "run", tmp_path / "run")
-    return [__file__, tmp_path, "--resume"], r"^error: .*it ran in 3 processes and this one runs in 2"
+    ended = joined(2, tmp_path, "--resume", "--out", tmp_path / "run")
+    return ended, r"^error: .*it ran in 3 processes and this one runs in 2"
 
 
 def bad_option(whole, tmp_path):
     """The processes cannot even start."""
-    return [__file__, tmp_path, "--lam", "-1"], r"^.*error: --lam must not be negative; got -1\.0\.$"
+    ended = joined(2, tmp_path, "--lam", "-1", "--out", tmp_path / "run")
+    return ended, r"^.*error: --lam must not be negative; got -1\.0\.$"
 
 
 @pytest.mark.parametrize("case", [broken_image, other_number, bad_option])
 def test_bad_input_ends_all_processes_and_is_said_once(whole, tmp_path, case):
-    command, message = case(whole, tmp_path)
-    status, printed, errors = torchrun(2, *command, "--out", tmp_path / "run")
+    (status, printed, errors), message = case(whole, tmp_path)
     assert status != 0
     assert len(re.findall(message, errors, re.MULTILINE)) == 1, errors
     assert "[rank" not in errors  # torch's mark of a process's traceback
