@@ -24,7 +24,7 @@ DEMO = (
 )
 COMMANDS = {
     "demo": [DEMO],
-    "test": ["-m pytest -n auto --maxprocesses 4 --dist loadfile"],
+    "test": ["-m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"],
     "lint": ["-m ruff check .", "-m ruff format --check .", "-m mypy"],
 }
 
