@@ -1,5 +1,6 @@
 """Images and options small enough to wait for, and what a training leaves."""
 
+import contextlib
 import csv
 import functools
 import signal
@@ -52,8 +53,12 @@ def interrupted(command, started, **options):
         deadline = time.monotonic() + 120
         while not started.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        errors = None
+        while errors is None:  # Python loses one that comes while it imports something
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, errors = process.communicate(timeout=20)
+            assert time.monotonic() < deadline
     finally:
         process.kill()
         process.communicate()
