@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from cgc_reg._checks import check_sampler, check_size, describe
+from cgc_reg.images import as_shown, pixels
 from cgc_reg.transforms import RandomResizedCropFlip, TransformSampler
 
 
@@ -26,6 +28,10 @@ class ContrastiveTransforms:
         value_transform: applied to the image and to the view, each alone: what changes colours and not places, such as
             ``Normalize`` or ``ColorJitter``.
         view_size: (H, W) of the view; as large as the image if None.
+
+    PIL images are read as their viewer shows them, by `cgc_reg.images.as_shown`: grey ones have one channel, and all
+    others three. Grey of 16 bits has 8 in ``image_transform``, and keeps all of them without one. Tensors are taken as
+    they are.
 
     Randomness comes from torch's global generator, which a DataLoader seeds for each worker.
 
@@ -61,11 +67,12 @@ class ContrastiveTransforms:
         Pixels go from 0 to 1 before ``value_transform``.
         """
         if self.image_transform is not None:
-            image = self.image_transform(image)
-        try:
-            image = image.as_subclass(Tensor) if isinstance(image, Tensor) else TF.pil_to_tensor(image)
-        except TypeError:
-            raise TypeError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.") from None
+            image = self.image_transform(as_shown(image) if isinstance(image, Image.Image) else image)
+        if isinstance(image, Image.Image):
+            image = pixels(image)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.")
+        image = image.as_subclass(Tensor)
         if image.ndim != 3:
             raise ValueError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.")
         if image.dtype in (torch.int32, torch.int64):

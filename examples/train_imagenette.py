@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder, Imagenette
@@ -32,6 +31,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cgc_reg import CGCRegularizer, Consistency, explain, suggest_target_layer  # CGC
+from cgc_reg.folders import check_images, image_folder  # CGC
 from cgc_reg.visualization import gallery, pair_columns  # CGC
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,21 +93,13 @@ def open_data(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     augment = v2.Compose([v2.RandomResizedCrop(side, scale=(0.35, 1.0)), v2.RandomHorizontalFlip(), *to_tensor])
     centre = v2.Compose([v2.Resize(side * 8 // 7), v2.CenterCrop(side), *to_tensor])
     try:
-        train = ImageFolder(str(folder / "train"), augment, loader=open_image)
-        validation = ImageFolder(str(folder / "val"), centre, loader=open_image)
-    except FileNotFoundError as error:
+        train = image_folder(folder / "train", augment)  # CGC, was: train = ImageFolder(folder / "train", augment)
+        validation = image_folder(folder / "val", centre)  # CGC, was: validation = ImageFolder(folder / "val", centre)
+    except OSError as error:
         raise InputError(f"{folder} must hold train/CLASS/ and val/CLASS/ with images ({error}).") from None
     if train.classes != validation.classes:
         raise InputError(f"{folder}/train and {folder}/val must hold the same classes.")
     return train, validation
-
-
-def open_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise InputError(f"the image {path} cannot be read ({error}); repair or remove it.") from None
 
 
 def split_labeled(images: ImageFolder, fraction: float, seed: int) -> tuple[Subset, Subset]:
@@ -210,6 +202,9 @@ def train(args: argparse.Namespace) -> nn.Module:
 
     torch.manual_seed(args.seed)
     try:
+        if not last.exists():  # CGC - a file that cannot be read is an error now
+            paths = [path for path, _ in images.samples + validation.samples]  # CGC
+            check_images(tqdm(paths, "reading every image once", leave=False, disable=None))  # CGC
         device = torch.device(args.device)
         model = build_model(args.arch, len(images.classes), args.pretrained).to(device)
         example = validation[0][0][None].to(device)

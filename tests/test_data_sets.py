@@ -109,6 +109,18 @@ def test_labels_are_kept_for_the_asked_share_of_each_class(folder):
     assert not set(labeled.indices) & set(unlabeled.indices)
 
 
+def test_folders_are_read_as_a_viewer_shows_them(folder, capsys):
+    ramp = np.arange(32, dtype=np.uint16)[None].repeat(32, axis=0) * 2000
+    Image.fromarray(ramp).save(folder / "val" / "n01440764" / "0.png")
+    (folder / "val" / "n01440764" / "._0.png").write_bytes(b"of macOS")
+    (folder / "val" / "__MACOSX").mkdir()
+    data = image_data.load_folder(folder, image_size=28)  # 32 = 28 * 8 / 7, so that nothing is resized
+    assert capsys.readouterr().out == f"Left out of {folder / 'val'}: hidden files (1, such as n01440764/._0.png).\n"
+    (index,) = (i for i, (path, _) in enumerate(data.validation.files) if path.endswith("png"))
+    expected = torch.from_numpy(np.rint(ramp[2:-2, 2:-2] / 257).astype(np.float32)) / 255
+    torch.testing.assert_close(image_data.denormalize(data.validation[index][0]), expected.expand(3, 28, 28))
+
+
 # ---- CUB-200-2011
 
 
@@ -158,6 +170,22 @@ def test_cub200_boxes_move_with_their_images(birds, height, width, box):
     # A heatmap that is the same everywhere has the box's share of the image on the object.
     share = content_heatmap(torch.ones(1, 7, 7), mask[None])
     assert share.item() == pytest.approx(white.float().mean().item())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_their_image(birds, orientation):
+    """Boxes are in pixels of the file, and the image is as a viewer shows it."""
+    image = torch.zeros(3, 128, 208, dtype=torch.uint8)
+    image[:, 20:68, 60:100] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = birds / "images" / "001.Black_footed_Albatross" / "Albatross_0009_63.jpg"
+    to_pil_image(image).save(path, format="PNG", exif=exif)
+    lines = (birds / "bounding_boxes.txt").read_text().splitlines()
+    write_lines(birds / "bounding_boxes.txt", ["9 60.0 20.0 40.0 48.0" if s[:2] == "9 " else s for s in lines])
+    found, _, mask = load("cub200", birds.parent, image_size=56).validation[0]
+    assert mask.any()
+    assert torch.equal(mask, image_data.denormalize(found).mean(dim=0) > 0.5)
 
 
 def test_a_pixel_is_in_the_box_when_its_centre_is():

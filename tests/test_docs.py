@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 import cgc_reg
-from cgc_reg import CGCRegularizer, visualization
+from cgc_reg import CGCRegularizer, folders, images, visualization
 from tests.pages import run_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -90,12 +90,13 @@ def test_troubleshooting_has_each_message():
 
 def test_reference_has_each_public_name():
     page = PAGES["api.md"].read_text()
-    pictures = [
-        name
-        for name, value in vars(visualization).items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == visualization.__name__
+    in_modules = [
+        f"{module.__name__}.{name}"
+        for module in (folders, images, visualization)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
     ]
-    wanted = [f"cgc_reg.{name}" for name in cgc_reg.__all__] + [f"cgc_reg.visualization.{name}" for name in pictures]
+    wanted = [f"cgc_reg.{name}" for name in cgc_reg.__all__] + in_modules
     assert [name for name in wanted if not re.search(rf":: {re.escape(name)}$", page, re.MULTILINE)] == []
 
 

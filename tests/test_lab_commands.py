@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from lab import __main__ as command_line
 from lab import jobs, summarize, visualize
@@ -77,12 +80,32 @@ def test_visualize_refuses_bad_input(folder, trained, tmp_path):
         "text.pt is not a checkpoint": [str(not_a_checkpoint), str(folder)],
         "there is no file or folder": [good, str(tmp_path / "none")],
         "no images found": [good, str(tmp_path / "empty")],
+        "text.pt cannot be read": [good, str(not_a_checkpoint)],
         "must be the dotted name": [good, str(folder), "--layer", "layer9"],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit, match=message):
             visualize.main([*arguments, "--out", str(picture)])
     assert not picture.exists()
+
+
+def test_visualize_reads_as_a_viewer_shows(trained, tmp_path, monkeypatch):
+    """A ramp of grey, in files of 8 and of 16 bits, and turned; hidden files are left out."""
+    ramp = np.arange(40, dtype=np.uint8)[None].repeat(40, axis=0) * 6
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(ramp).save(tmp_path / "0.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "1.tif")
+    Image.fromarray(np.rot90(ramp).copy()).save(tmp_path / "2.png", exif=turned)
+    (tmp_path / "._0.png").write_bytes(b"of macOS")
+    drawn = {}
+    monkeypatch.setattr(visualize, "gallery", drawn.update)
+    monkeypatch.setattr(visualize, "write_figure", lambda path, figure: None)
+    visualize.main([str(trained[0] / "cgc" / "last.pt"), str(tmp_path)])
+    first, second, third = drawn["image"]
+    assert first.max() - first.min() > 0.8
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
 
 
 def test_visualize_knows_its_rules(folder, trained, capsys):

@@ -278,11 +278,23 @@ def test_empty_class_is_one_sentence(tmp_path, capsys):
     assert "n03000684" in refused(capsys, "--data", folder, "--out", tmp_path / "run")
 
 
+def test_unreadable_images_are_named_before_the_first_epoch(tmp_path, capsys):
+    folder = write_images(tmp_path / "images")
+    broken = [folder / "train" / "n01440764" / "0.JPEG", folder / "val" / "n02102040" / "1.JPEG"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:-200])
+    message = refused(capsys, "--data", folder, "--out", tmp_path / "run")
+    assert "2 images cannot be read" in message
+    assert all(str(path) in message for path in broken)
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_named(tmp_path, capsys, workers):
+def test_image_that_is_damaged_while_training_is_named(tmp_path, capsys, monkeypatch, workers):
     folder = write_images(tmp_path / "images")
     broken = folder / "train" / "n01440764" / "0.JPEG"
-    broken.write_bytes(b"not an image")
+    monkeypatch.setattr(lab_train, "check_files", lambda data: broken.write_bytes(b"not an image"))
     message = refused(capsys, "--data", folder, "--out", tmp_path / "run", "--workers", workers)
     assert str(broken) in message
     assert "cannot be read" in message

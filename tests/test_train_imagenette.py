@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import train_imagenette
 from lab import visualize
+from lab.shapes import draw_shapes
 from tests.marked import without_marked_lines, words_of_cgc
 from tests.tiny import checkpoint, history, interrupted, without_times, write_images
 
@@ -233,13 +235,58 @@ def test_folder_that_cannot_be_used_is_one_sentence(tmp_path, capsys):
     assert "must hold the same classes" in refused(capsys, "--data", folder, "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_named(tmp_path, capsys, workers):
+def test_unreadable_images_are_named_before_the_first_epoch(tmp_path, capsys):
     folder = write_images(tmp_path / "images")
-    broken = folder / "train" / "n01440764" / "0.JPEG"
-    broken.write_bytes(b"not an image")
-    message = refused(capsys, "--data", folder, "--out", tmp_path / "run", "--workers", workers)
-    assert message.startswith(f"error: the image {broken} cannot be read (")
+    text, cut = folder / "train" / "n01440764" / "0.JPEG", folder / "val" / "n02102040" / "1.JPEG"
+    text.write_bytes(b"not an image")
+    message = refused(capsys, "--data", folder, "--out", tmp_path / "run")
+    assert message.startswith(f"error: the image {text} cannot be read (")
+    cut.write_bytes(cut.read_bytes()[:-200])
+    message = refused(capsys, "--data", folder, "--out", tmp_path / "run")
+    assert re.match(rf"error: 2 images cannot be read: {text} \(.*\), {cut} \(.*\); repair or remove them\.$", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_does_not_read_every_image_first(folder, whole, monkeypatch):
+    monkeypatch.setattr(train_imagenette, "check_images", pytest.fail)
+    run("--data", folder, "--out", whole[0], "--resume")
+
+
+def test_16_bits_train_as_8_do(tmp_path):
+    """A file of 16 bits whose upper and lower byte are equal shows the 8 bits exactly: 257 v."""
+    for name, factor in (("8", 1), ("16", 257)):
+        for split, count in (("train", 8), ("val", 4)):
+            for i, image in enumerate(draw_shapes(2 * count, size=40, seed=count)[0].numpy()):
+                path = tmp_path / name / split / "ab"[i % 2] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[0] if factor == 1 else image[0].astype("uint16") * 257).save(path)
+        run("--data", tmp_path / name, "--out", tmp_path / f"run-{name}", "--epochs", "1")
+    eight, sixteen = (checkpoint(tmp_path / f"run-{name}" / "last.pt")["model"] for name in ("8", "16"))
+    for name, value in eight.items():
+        assert torch.equal(value, sixteen[name]), name
+
+
+def test_hidden_files_and_folders_are_left_out_with_one_line(folder, whole, tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    for path in list((images / "train").rglob("*.JPEG")):
+        path.with_name(f"._{path.name}").write_bytes(b"of macOS")
+    (images / "train" / ".ipynb_checkpoints").mkdir()
+    run("--data", images, "--out", tmp_path / "run")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"Left out of {images / 'train'}: hidden files (16, such as n01440764/._0.JPEG)."
+    assert without_times(history(tmp_path / "run")) == without_times(history(whole[0]))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (1, 1000), (1000, 1), (3, 40)])
+def test_images_of_odd_sizes_become_as_large_as_all(tmp_path, size):
+    folder = write_images(tmp_path / "images")
+    for split in ("train", "val"):
+        Image.new("L", size, 255).save(folder / split / "n01440764" / "0.JPEG", "PNG")
+    for part in train_imagenette.open_data(train_imagenette.parse_args([*SMALL, "--data", str(folder)])):
+        x, _ = part[0]
+        assert x.shape == (3, 64, 64)
+        white = (1 - torch.tensor(train_imagenette.MEAN)) / torch.tensor(train_imagenette.STD)
+        torch.testing.assert_close(x, white[:, None, None].expand_as(x))
 
 
 @pytest.mark.parametrize("size", train_imagenette.IMAGENETTE)

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.transforms import v2
+from tqdm import tqdm
 
-from cgc_reg import visualization
+from cgc_reg import folders, visualization
+from cgc_reg import images as image_files
 from cgc_reg.metrics import box_masks
 from lab import processes
 from lab.shapes import CLASSES, Shapes
@@ -59,20 +61,23 @@ def load_folder(folder: Path, image_size: int) -> Data:
     """Load the images in folder/train/CLASS and folder/val/CLASS; with ImageNet's boxes, if they lie beside them."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; {ALTERNATIVES}.")
-    train = open_split(folder / "train", random_crop(image_size))
-    validation = open_split(folder / "val", centre_crop(image_size))
+    train, validation = open_split(folder / "train"), open_split(folder / "val")
     if train.classes != validation.classes:
         different = sorted(set(train.classes) ^ set(validation.classes))
         raise DataError(
             f"{folder}/train and {folder}/val must hold the same classes; they differ in {', '.join(different)}."
         )
-    boxes = folder / BOXES
-    with_boxes = with_imagenet_boxes(validation, boxes, centre_crop(image_size)) if boxes.exists() else validation
-    return Data(train, with_boxes, train.classes, train.targets)
+    boxes = imagenet_boxes(validation, folder / BOXES) if (folder / BOXES).exists() else None
+    return Data(
+        ImageFiles(train.samples, random_crop(image_size)),
+        ImageFiles(validation.samples, centre_crop(image_size), boxes),
+        train.classes,
+        train.targets,
+    )
 
 
-def with_imagenet_boxes(images: ImageFolder, path: Path, transform: Callable[..., Any]) -> ImageFiles:
-    """Add the boxes of ImageNet's localisation task, of which an image may have several.
+def imagenet_boxes(found: ImageFolder, path: Path) -> list[list[tuple[float, float, float, float]]]:
+    """Read the boxes of ImageNet's localisation task, of which an image may have several.
 
     The file has a header, and then lines such as ``ILSVRC2012_val_00000001,n01751748 111 108 230 366``: the image's
     name, and for each object its class and its left, top, right and bottom edge in pixels.
@@ -80,34 +85,45 @@ def with_imagenet_boxes(images: ImageFolder, path: Path, transform: Callable[...
     try:
         lines = dict(line.split(",") for line in path.read_text().splitlines()[1:])
         boxes = []
-        for file, _ in images.samples:
+        for file, _ in found.samples:
             words = lines[Path(file).stem].split()
             edges = [words[i + 1 : i + 5] for i in range(0, len(words), 5)]
             boxes.append([(float(x), float(y), float(right), float(bottom)) for x, y, right, bottom in edges])
     except (OSError, ValueError, LookupError) as error:
         raise DataError(f"{path} cannot be used ({type(error).__name__}: {error}); remove it or repair it.") from None
-    return ImageFiles(images.samples, transform, boxes)
+    return boxes
 
 
-def open_split(folder: Path, transform: Callable[[Any], Any]) -> ImageFolder:
+def open_split(folder: Path) -> ImageFolder:
     """Open a folder of class folders."""
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {folder}; --data DIR needs DIR/train/CLASS/ and DIR/val/CLASS/ with images."
         )
     try:
-        return ImageFolder(str(folder), transform, loader=open_image)
-    except FileNotFoundError as error:  # torchvision's word for a folder without classes, or a class without images
+        return folders.image_folder(folder, say=processes.say)
+    except OSError as error:  # such as a folder without classes, or a class without images
         raise DataError(f"{folder} cannot be used: {error}") from None
 
 
 def open_image(path: str) -> Image.Image:
-    """Open an image file as RGB."""
+    """Read an image file as its viewer shows it, as RGB."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"the image {path} cannot be read ({error}); repair or remove it.") from None
+        return image_files.open_image(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def check_files(data: Data) -> None:
+    """Read every image file once, so that one that cannot be read is known before the first epoch."""
+    parts = [part for part in (data.train, data.validation) if isinstance(part, ImageFiles)]
+    paths = [path for part in parts for path, _ in part.files]
+    with processes.writer_first():
+        if paths and processes.is_writer():
+            try:
+                folders.check_images(tqdm(paths, "reading every image once", leave=False, disable=None))
+            except ValueError as error:
+                raise DataError(str(error)) from None
 
 
 class ImageFiles(Dataset[Any]):
@@ -137,9 +153,29 @@ class ImageFiles(Dataset[Any]):
         image = open_image(path)
         if self.boxes is None:
             return self.transform(image), label
-        boxes = tv_tensors.BoundingBoxes(self.boxes[index], format="XYXY", canvas_size=(image.height, image.width))
+        turned = turn_boxes(self.boxes[index], path, image.width, image.height)
+        boxes = tv_tensors.BoundingBoxes(turned, format="XYXY", canvas_size=(image.height, image.width))
         image, boxes = self.transform(image, boxes)
         return image, label, box_masks(boxes, image.shape[1:]).any(dim=0)
+
+
+def turn_boxes(
+    boxes: Sequence[tuple[float, float, float, float]], path: str, width: int, height: int
+) -> list[tuple[float, float, float, float]]:
+    """Turn boxes from the pixels of a file to those of its image as shown, of that width and height."""
+    with Image.open(path) as file:
+        file.load()
+        asked = image_files.orientation(file)
+    if asked > 4:  # these swap the sides, after mirroring
+        width, height = height, width
+    moved = []
+    for left, top, right, bottom in boxes:
+        if asked in (2, 3, 7, 8):
+            left, right = width - right, width - left
+        if asked in (3, 4, 6, 7):
+            top, bottom = height - bottom, height - top
+        moved.append((top, left, bottom, right) if asked > 4 else (left, top, right, bottom))
+    return moved
 
 
 def load_imagenette(root: Path, size: str, image_size: int) -> Data:

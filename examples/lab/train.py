@@ -23,7 +23,7 @@ from lab.checkpoint import save_checkpoint, write_figure, write_history
 from lab.comparison import draw, examples_of, heatmap_columns, table, with_views, written
 from lab.data_sets import load_data
 from lab.epoch import train_epoch, validate
-from lab.image_data import Data, DataError, denormalize, split_labeled
+from lab.image_data import Data, DataError, check_files, denormalize, split_labeled
 from lab.loaders import steps_per_epoch
 from lab.options import parse_args
 from lab.run import Run, restore, start, state_of
@@ -84,6 +84,9 @@ def train_all(
         seed=args.seed,
         train_images=args.train_images,
     )
+    started = all((out / "last.pt").exists() for _, out in trainings.values())
+    if not started and not args.say_steps:  # one that says its steps was started by another, which has read them
+        check_files(data)
     before = start(args, data, steps_per_epoch(args, *split_labeled(data, args.labeled_fraction, seed=args.seed)))
     images = examples_of(data.validation, 6).to(args.device)
     pairs = with_views(images, draw(images))

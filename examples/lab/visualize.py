@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from cgc_reg import explain
+from cgc_reg import explain, folders
 from cgc_reg.visualization import gallery, overlay
 from lab.checkpoint import load_checkpoint, write_figure
 from lab.image_data import DataError, denormalize, normalize, open_image
@@ -50,13 +49,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_images(places: list[Path]) -> list[Path]:
-    """List the image files among the places and in the folders among them."""
+    """List the files among the places, and the images in the folders among them."""
     found: list[Path] = []
     for place in places:
         if not place.exists():
             raise DataError(f"there is no file or folder {place}.")
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-        found += [path for path in inside if path.suffix.lower() in IMG_EXTENSIONS]
+        found += folders.find_images(place) if place.is_dir() else [place]
     if not found:
-        raise DataError(f"no images found in {', '.join(map(str, places))}; looked for {', '.join(IMG_EXTENSIONS)}.")
+        looked_for = ", ".join(folders.EXTENSIONS)
+        raise DataError(f"no images found in {', '.join(map(str, places))}; looked for {looked_for}.")
     return found
