@@ -133,6 +133,7 @@ def test_pixels_without_a_known_white_are_refused(tmp_path, values):
         ValueError, match=r"^the image .*measured.tif cannot be read \(`image` must hold pixels from 0 to"
     ):
         open_image(tmp_path / "measured.tif")
+    assert fault(tmp_path / "measured.tif").endswith("or save 8 bits")
     with pytest.raises(ValueError, match=r"^`image` must hold pixels from 0 to \d+, since its mode is [IF]; got "):
         ContrastiveTransforms()(Image.fromarray(values))
 
@@ -231,6 +232,23 @@ def test_transparent_places_of_a_palette_show_white(tmp_path):
     assert np.abs(read(tmp_path / "many.png") - expected).max() <= 1
 
 
+def test_a_palette_may_hold_alpha_itself():
+    image = Image.fromarray(NOISE[..., 0])
+    colours = np.concatenate([PALETTE, PALETTE[::-1, :1]], axis=1)
+    image.putpalette(colours.tobytes(), "RGBA")
+    expected = on_white(PALETTE[NOISE[..., 0]].astype(int), colours[NOISE[..., 0], 3:].astype(int))
+    assert np.abs(as_array(as_shown(image)) - expected).max() <= 1
+
+
+def test_a_palette_with_alpha_beside_it_shows_white_where_it_is_transparent():
+    colours, alpha = with_palette(), Image.fromarray(NOISE[..., 3])
+    image = Image.merge("PA", (Image.fromarray(NOISE[..., 0]), alpha))
+    image.putpalette(colours.getpalette())
+    assert image.mode == "PA"
+    expected = on_white(PALETTE[NOISE[..., 0]].astype(int), ALPHA)
+    assert np.abs(as_array(as_shown(image)) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 8, 9)), ("I;16", 7)])
 def test_a_transparent_colour_shows_white(tmp_path, mode, key):
     image = Image.new(mode, (2, 1), 0)
@@ -282,10 +300,10 @@ def test_orientation_of_16_bits_is_applied(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's own word on it
-@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense that is long enough", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"x"])
+@pytest.mark.parametrize("exif", [b"x", b"Exif\0\0x", b"Exif\0\0MM\0*", b"Exif\0\0II*\0\xff\xff\xff\x7f"])
 def test_damaged_orientation_counts_for_nothing(tmp_path, exif):
-    Image.new("RGB", (4, 2)).save(tmp_path / "odd.jpg", exif=exif)
-    assert read(tmp_path / "odd.jpg").shape == (2, 4, 3)
+    Image.fromarray(AS_STORED).save(tmp_path / "odd.webp", exif=exif, lossless=True)
+    assert np.array_equal(read(tmp_path / "odd.webp"), AS_STORED)
 
 
 @pytest.mark.parametrize("name", ["two.gif", "two.tif", "two.png", "two.webp"])
@@ -433,6 +451,16 @@ def test_a_folder_of_images_alone_says_nothing(tmp_path):
     (tmp_path / "cat").mkdir()
     Image.new("L", (4, 2)).save(tmp_path / "cat" / "0.png")
     assert len(image_folder(tmp_path, say=pytest.fail)) == len(find_images(tmp_path, say=pytest.fail)) == 1
+
+
+def test_a_folder_may_lie_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert len(find_images("~/cat", say=lambda line: None)) == 2
+    assert image_folder("~/", say=lambda line: None).classes == ["cat", "dog"]
+    monkeypatch.chdir(folder)
+    lines = []
+    assert len(image_folder(".", say=lines.append)) == len(find_images(".", say=lines.append)) - 1 == 4
+    assert all("hidden files (5, such as .ipynb_checkpoints/0-checkpoint.png)" in line for line in lines)
 
 
 @pytest.mark.parametrize("hidden", [".git", "__MACOSX"])
