@@ -141,7 +141,7 @@ def orientation(image: Image.Image) -> int:
     """Return which turn an image's EXIF data ask for, from 1 (none) to 8; where they are damaged, 1, as in a viewer.
 
     Args:
-        image: whose ``load`` was called: that turns a TIFF file, and finds what stands at the end of a PNG file.
+        image: in any mode. A TIFF file asks for no turn once its pixels are loaded: Pillow turns those then.
 
     Example:
         >>> orientation(Image.new("L", (4, 2)))
@@ -193,6 +193,6 @@ def _deep_grey(image: Image.Image) -> Tensor | None:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    image.load()
+    image.load()  # turns a TIFF file by itself
     asked = orientation(image)
     return image if asked == 1 else image.transpose(_TURNS[asked])

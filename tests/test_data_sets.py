@@ -173,14 +173,15 @@ def test_cub200_boxes_move_with_their_images(birds, height, width, box):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_turn_with_their_image(birds, orientation):
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_boxes_turn_with_their_image(birds, kind, orientation):
     """Boxes are in pixels of the file, and the image is as a viewer shows it."""
     image = torch.zeros(3, 128, 208, dtype=torch.uint8)
     image[:, 20:68, 60:100] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = birds / "images" / "001.Black_footed_Albatross" / "Albatross_0009_63.jpg"
-    to_pil_image(image).save(path, format="PNG", exif=exif)
+    to_pil_image(image).save(path, format=kind, exif=exif)
     lines = (birds / "bounding_boxes.txt").read_text().splitlines()
     write_lines(birds / "bounding_boxes.txt", ["9 60.0 20.0 40.0 48.0" if s[:2] == "9 " else s for s in lines])
     found, _, mask = load("cub200", birds.parent, image_size=56).validation[0]

@@ -164,7 +164,6 @@ def turn_boxes(
 ) -> list[tuple[float, float, float, float]]:
     """Turn boxes from the pixels of a file to those of its image as shown, of that width and height."""
     with Image.open(path) as file:
-        file.load()
         asked = image_files.orientation(file)
     if asked > 4:  # these swap the sides, after mirroring
         width, height = height, width
