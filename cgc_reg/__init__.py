@@ -1,7 +1,8 @@
 """Consistent explanations for any CNN while it trains: Contrastive Grad-CAM Consistency, and heatmaps to train on."""
 
+from cgc_reg.checking import check_closed_form, check_gradient
 from cgc_reg.dataset import ContrastiveTransforms
-from cgc_reg.explain import check_closed_form, explain
+from cgc_reg.explain import explain
 from cgc_reg.explainers import (
     CAM,
     GradCAM,
@@ -43,6 +44,7 @@ __all__ = [
     "TransformSampler",
     "channels_last_to_maps",
     "check_closed_form",
+    "check_gradient",
     "class_activation",
     "consistency",
     "content_heatmap",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from cgc_reg._precision import at_least_float32
 from cgc_reg._targets import Target, as_target, target_of
 from cgc_reg.explanation import Explanation, in_its_graph
 from cgc_reg.model.extra import is_extra_pass
-from cgc_reg.model.inference import ordinary, outside_inference_mode
-from cgc_reg.model.mixing import warn_if_images_mix
+from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.passes import ForwardPass, forward_pass
-from cgc_reg.model.processes import warn_if_bypassed
+from cgc_reg.model.path import look_at_path
+from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
 from cgc_reg.model.reuse import find_kept_pass, keep_passes
 from cgc_reg.model.suggest import suggest_target_layer
+from cgc_reg.model.turns import in_turn
 from cgc_reg.model.wrappers import data_parallel, unwrap
 
 
@@ -33,6 +34,8 @@ class AtLayer:
     _: KW_ONLY
     output_fn: Callable[[Any], Tensor] | None = None
     reshape_transform: Callable[[Tensor], Tensor] | None = None
+
+    _reads_weights: ClassVar[bool] = False  # of linear layers
 
     def __post_init__(self) -> None:
         layer = self.target_layer
@@ -65,14 +68,14 @@ class AtLayer:
             RuntimeError: the layer was not called, or the heatmap would train nothing.
         """
         check_images("x", x)
-        with outside_inference_mode():
-            x, target = ordinary(x), as_target(ordinary(target), len(x), x.device)
+        with outside_inference_mode(), in_turn(model):
+            target = as_target(ordinary(target), len(x), x.device)
             g = self.with_layer(model, x)
             made = g._pass(model, x)
-            if torch.is_grad_enabled():
-                warn_if_images_mix(unwrap(model), made)
-            target = target_of(target, made.logits)
+            target = target_of(target, ordinary(made.logits))
             heatmap = at_least_float32(g._heatmap(unwrap(model), made, target))
+            if torch.is_grad_enabled():
+                look_at_path(unwrap(model), made, heatmap, of_maps=g.reshape_transform is None)
             seen = Explanation(heatmap, made.logits, target, made.output)
             return in_its_graph(seen, model, x, made.layer_output)
 
@@ -116,7 +119,7 @@ class AtLayer:
                 "`target_layer` must be named to reuse passes, since the layer is watched from the first one on; got "
                 "None. Pass `suggest_target_layer(model, x)`."
             )
-        return keep_passes(model, self.target_layer)
+        return keep_passes(model, self.target_layer, weights=self._reads_weights)
 
     def reuses(self, model: nn.Module, x: Tensor) -> bool:
         """Tell whether a pass over x is there to be reused."""
@@ -135,8 +138,8 @@ class AtLayer:
         if kept is not None:
             return kept
         if data_parallel(model) is None and not is_extra_pass():
-            warn_if_bypassed(unwrap(model))
-        return forward_pass(model, x, self._layer, self.output_fn)
+            warn_if_wrapper_is_bypassed(unwrap(model))
+        return forward_pass(model, ordinary(x), self._layer, self.output_fn)
 
     def _heatmap(self, model: nn.Module, made: ForwardPass, target: Tensor) -> Tensor:
         raise NotImplementedError

@@ -5,7 +5,9 @@ They are values: they hold names and functions, and neither a model nor a tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,16 @@ from cgc_reg.explanation import Explainer, Explanation, in_its_graph
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.checkpoints import has_reentrant_checkpoint
 from cgc_reg.model.compilation import compiled_exposed_layer, uncompiled, warn_if_compiled
+from cgc_reg.model.given import ordinary
 from cgc_reg.model.gradient import score_gradient
-from cgc_reg.model.head import head_weight
+from cgc_reg.model.head import head_weight, used_weights
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.maps import activation_maps, as_maps
+from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.passes import ForwardPass, exposed_pass
 from cgc_reg.model.processes import is_sharded
-from cgc_reg.model.wrappers import data_parallel, unwrap
+from cgc_reg.model.turns import in_turn
+from cgc_reg.model.wrappers import data_parallel, unwrap, warn_if_one_device
 from cgc_reg.rules import HeatmapRule, class_activation, grad_cam, hires_cam, layer_cam, positive_grad_cam
 
 
@@ -213,6 +218,7 @@ class CAM(AtLayer):
     """
 
     head: str | None = field(default=None, kw_only=True)
+    _reads_weights: ClassVar[bool] = True
 
     @override
     def __post_init__(self) -> None:
@@ -233,19 +239,22 @@ class CAM(AtLayer):
     def _pass(self, model: nn.Module, x: Tensor) -> ForwardPass:
         exposed = compiled_exposed_layer(model)
         if exposed is None:
-            return super()._pass(model, x)
+            with used_weights(unwrap(model)) as weights:
+                made = super()._pass(model, x)
+            return made if made.weights else replace(made, weights=weights)
         name, _ = find_layer(unwrap(model), self._layer)
         if name != find_layer(unwrap(model), exposed.target_layer)[0]:
             raise ValueError(
                 f"`target_layer` must be the layer that the compiled model exposes, {exposed.target_layer!r}; got "
                 f"{name!r}. Compile `expose_layer(model, {name!r})`."
             )
-        return exposed_pass(model, x, exposed, self.output_fn)
+        return exposed_pass(model, ordinary(x), exposed, self.output_fn)
 
     @override
     def _heatmap(self, model: nn.Module, made: ForwardPass, target: Tensor) -> Tensor:
         activation = activation_maps(made, self.reshape_transform)
-        weight = head_weight(model, self.head, channels=activation.shape[1], classes=made.logits.shape[1])
+        channels, classes = activation.shape[1], made.logits.shape[1]
+        weight = head_weight(model, self.head, channels=channels, classes=classes, used=made.weights)
         with without_autocast(activation):
             return class_activation(activation, weight.to(activation.dtype), target)
 
@@ -278,6 +287,7 @@ def explained(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor 
     if isinstance(explainer, AtLayer):
         return explainer(model, x, target)
     warn_if_compiled(model)
+    warn_if_one_device(model)
     parallel = data_parallel(model)
     if parallel is not None and parallel.static_graph and torch.is_grad_enabled():
         raise RuntimeError(
@@ -285,9 +295,10 @@ def explained(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor 
             f"`static_graph=True`; got {describe(explainer)}, whose inner gradient would pass for the end of the step. "
             "Leave out `static_graph=True`."
         )
+    measuring = nullcontext() if torch.is_grad_enabled() else as_without_gradients()
     # Its inner gradient needs a graph, and what can be differentiated twice.
-    with torch.enable_grad(), uncompiled(model), unfused_attention():
-        seen = explainer(unwrap(model) if parallel is None else parallel, x, target)
+    with in_turn(model), measuring, torch.enable_grad(), uncompiled(model), unfused_attention():
+        seen = explainer(unwrap(model) if parallel is None else parallel, ordinary(x), target)
     if not isinstance(seen, Explanation):
         raise TypeError(f"The explainer must return an Explanation; got {describe(seen)}.")
     heatmap, logits, n = seen.heatmap, seen.logits, len(x)

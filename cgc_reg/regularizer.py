@@ -26,13 +26,14 @@ from cgc_reg._checks import (
 )
 from cgc_reg._precision import without_autocast
 from cgc_reg._targets import Target, as_target
+from cgc_reg._warn import warn
 from cgc_reg.explainers import LayerExplainer, as_explainer, explained
 from cgc_reg.explanation import Explainer, Explanation
 from cgc_reg.losses import Negatives, Reduction, check_negatives, info_nce, mse_consistency, reduce
 from cgc_reg.metrics import consistency
 from cgc_reg.model.extra import extra_pass
-from cgc_reg.model.inference import ordinary, outside_inference_mode
-from cgc_reg.model.statistics import BatchNormMode
+from cgc_reg.model.given import ordinary, outside_inference_mode
+from cgc_reg.model.state import BatchNormMode
 from cgc_reg.model.wrappers import inside_data_parallel
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
@@ -163,6 +164,7 @@ class CGCRegularizer(nn.Module):
         self.reduction = reduction
         self.gather_distributed = gather_distributed
         self.generator = generator
+        self._watching = True  # for batches that compare nothing
 
     @classmethod
     def official(
@@ -309,13 +311,13 @@ class CGCRegularizer(nn.Module):
             g: makes the pass over x; that over the view is always an extra one.
             model, x, target, view, transform: as for :meth:`compute`.
         """
-        x, view = ordinary(x), ordinary(view)
+        view = ordinary(view)
         self._check(model, x, view, transform)
         image = g(model, x, as_target(ordinary(target), len(x), x.device))
         if transform is None:
             transform = self._draw(x)
         if view is None:
-            view = transform(x, self.view_size)
+            view = transform(ordinary(x), self.view_size)
         seen = self._g_of_view(model, view, image.target)
 
         size = (seen.heatmap.shape[1], seen.heatmap.shape[2])
@@ -323,6 +325,8 @@ class CGCRegularizer(nn.Module):
         query = transform(image.heatmap, size) * coverage
         key = seen.heatmap * coverage
         loss = self._loss(query, key)
+        scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
+        self._warn_if_blank(coverage, scalars["blank_share"])
         return CGCOutput(
             loss=loss,
             logits=image.logits,
@@ -333,7 +337,7 @@ class CGCRegularizer(nn.Module):
             heatmap=image.heatmap,
             query=query,
             key=key,
-            scalars={"loss": loss.detach().mean(), **consistency(query, key)},
+            scalars=scalars,
             output=image.output,
         )
 
@@ -347,9 +351,10 @@ class CGCRegularizer(nn.Module):
 
     def _g(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
         """Explain images, on the grid on which heatmaps are compared."""
-        version = x._version
+        images = ordinary(x)  # shares the version, but not with inference tensors, whose copies the model gets
+        version = images._version
         seen = explained(self.explainer, model, x, target)
-        if x._version != version:
+        if images._version != version:
             raise RuntimeError(
                 "`model` must leave its images as they are, since views are made of them and each is passed once; got "
                 "a forward that changes them in place. Replace its in-place operations, such as `x -= mean` by "
@@ -374,6 +379,28 @@ class CGCRegularizer(nn.Module):
         """Explain views, without DistributedDataParallel, which has had its pass."""
         with torch.no_grad() if self.detach_key else nullcontext():
             return extra_pass(lambda running: self._g(running, view, target), inside_data_parallel(model), self.bn_mode)
+
+    def _warn_if_blank(self, coverage: Tensor, blank_share: Tensor) -> None:
+        """Warn once of a batch without anything to compare."""
+        if not self._watching or coverage.is_meta:
+            return
+        self._watching = coverage.device.type == "cpu"  # elsewhere a look makes the device wait: one must do
+        if not coverage.any():
+            problem = (
+                "No view shows anything of its image, so that the loss compares nothing. `transform` must hold maps "
+                "from the view's coordinates to the image's, both from -1 to 1, as `affine_grid` takes them, and not "
+                "in pixels; see `SpatialTransform`."
+            )
+        elif blank_share == 1:
+            problem = (
+                "All heatmaps of a batch are blank, so that the loss is that of chance and trains nothing. Nothing "
+                "speaks for the classes explained, or a ReLU is dead behind the layer: look at the heatmaps with "
+                "`explain`, train without CGC for some epochs first, or name another layer."
+            )
+        else:
+            return
+        self._watching = False
+        warn(problem)
 
     def _draw(self, x: Tensor) -> SpatialTransform:
         size = (x.shape[2], x.shape[3])

@@ -116,3 +116,7 @@ def buffers_of(model):
 def assert_same(actual, expected):
     """Compare two dictionaries of tensors bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def untouched(module, args, output):
+    """Stand for a hook of the user's own, which does nothing."""

@@ -10,6 +10,8 @@ from explainers import EXPLAINERS, explainer
 from networks import GapNet, InPlace, LinearProbe, assert_same, buffers_of, relu_net, settings_of
 from strategies import generator
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock
 
 from cgc_reg import (
     CAM,
@@ -302,13 +304,6 @@ def test_suggested_layer_is_inside_a_network_that_puts_out_a_map():
     assert suggest_target_layer(relu_net().features, X) == "3"
 
 
-def test_layers_are_suggested_without_gradients():
-    model, seen = relu_net(), []
-    model.head.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    suggest_target_layer(model, X)
-    assert seen == [False]
-
-
 def test_network_without_a_map_gets_no_suggestion():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
     with pytest.raises(ValueError, match="`model` must have a layer that puts out a map"):
@@ -369,3 +364,37 @@ def test_tolerance_decides_what_is_close():
     assert 0.01 < distance <= 2
     with pytest.raises(ValueError, match=f"above {distance / 2:g}"):
         check_closed_form(relu_net(), X, "features.4", tolerance=distance / 2)
+
+
+def traced(**options):
+    return create_feature_extractor(torchvision.models.resnet18(num_classes=5).eval(), ["fc"], **options)
+
+
+def test_no_layer_inside_a_branch_is_suggested():
+    x = torch.rand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"through which all goes .* got 'layer4\.1\.bn2' .*leaf_modules"):
+        suggest_target_layer(traced(), x)
+    whole = traced(tracer_kwargs={"leaf_modules": [BasicBlock]})
+    assert suggest_target_layer(whole, x) == "layer4.1"
+
+
+class Forked(nn.Module):
+    """Two branches of the images, which meet in a layer, in a sum, or in the head."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.last, self.head, self.meet = nn.Conv2d(6, 6, 1), nn.Linear(6, 4), meet
+
+    def forward(self, x):
+        x = self.stem(x)
+        both = self.first(x) + self.second(x)
+        if self.meet == "layer":
+            both = self.last(both)
+        return self.head((both if self.meet != "stem" else self.first(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(("meet", "layer"), [("layer", "last"), ("sum", "stem"), ("stem", "first")])
+def test_the_last_layer_that_all_goes_through_is_suggested(meet, layer):
+    assert suggest_target_layer(Forked(meet), torch.rand(2, 3, 8, 8)) == layer

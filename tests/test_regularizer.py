@@ -860,11 +860,31 @@ def test_a_loss_of_ones_own_runs_outside_of_autocast():
     assert seen == [False]
 
 
-def test_blank_heatmaps_train_on():
-    out = regularizer(heatmap=lambda a, g: (0 * a * g).sum(dim=1)).compute(relu_net(), X)
+def test_blank_heatmaps_train_on_and_are_warned_of_once():
+    reg, model = regularizer(heatmap=lambda a, g: (0 * a * g).sum(dim=1)), relu_net()
+    with pytest.warns(UserWarning, match="All heatmaps of a batch are blank"):
+        out = reg.compute(model, X)
     assert out.scalars["blank_share"] == 1
     assert out.loss.item() == pytest.approx(math.log(4))
     out.loss.backward()
+    reg.compute(model, X)
+
+
+def test_a_matrix_in_pixels_is_warned_of_once():
+    matrix = SpatialTransform(torch.tensor([[[1.0, 0.0, 40.0], [0.0, 1.0, -25.0]]]).expand(4, 2, 3))
+    reg, model = regularizer(), relu_net()
+    with pytest.warns(UserWarning, match="No view shows anything of its image.* and not in pixels"):
+        reg.compute(model, X, view=X, transform=matrix)
+    reg.compute(model, X, view=X, transform=matrix)
+
+
+def test_data_parallel_over_several_devices_is_warned_of_once():
+    model = nn.DataParallel(relu_net())
+    regularizer()(model, X)
+    model.device_ids = [0, 1]  # as where there are GPUs
+    with pytest.warns(UserWarning, match="DataParallel over 2 devices"):
+        regularizer()(model, X)
+    regularizer()(model, X)
 
 
 def test_nan_stays_visible():

@@ -1,19 +1,25 @@
 """Inside `reuse` the loop's own pass serves the regularizer, for the very tensor that it was given and nothing else."""
 
 import copy
+import copyreg
 import gc
+import io
 import pickle
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import explainers
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of
+from networks import GapNet, assert_same, buffers_of, gradients, relu_net, settings_of, untouched
 from strategies import generator
 from torch import nn
+from torch.nn.utils import prune
 
-from cgc_reg import CGCRegularizer, GradCAM, explain
+from cgc_reg import CAM, CGCRegularizer, GradCAM, explain
 from cgc_reg.model import reuse
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
@@ -341,6 +347,90 @@ def test_copies_made_meanwhile_are_free_of_the_block():
     trace = weakref.ref(other(X.clone()))
     gc.collect()
     assert trace() is None
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    # In a process of its own, where nothing has imported this package.
+    names = subprocess.run(
+        [sys.executable, "-c", READ], input=file.getvalue(), capture_output=True, check=True, env={"PYTHONPATH": TESTS}
+    )
+    assert names.stdout.decode().split() == ["1", "0", "0", "False"]
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+TESTS = str(Path(__file__).parent)
+READ = """
+import io, sys, torch
+model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
+modules = list(model.modules())
+for register in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+    print(sum(len(getattr(module, register)) for module in modules))
+print("cgc_reg" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("make", [copied, pickled, saved])
+@pytest.mark.parametrize("explainer", [GradCAM("features"), CAM("features")], ids=repr)
+def test_copies_made_meanwhile_know_nothing_of_it(make, explainer):
+    model = relu_net()
+    model.features[0].register_forward_hook(untouched)
+    classes = copyreg.dispatch_table.copy()
+    with explainer.reuse(model), GradCAM("features.2").reuse(model):
+        model(X)
+        other = make(model)
+    assert copyreg.dispatch_table == classes
+    hooks = [hook for module in other.modules() for hook in module._forward_hooks.values()]
+    assert hooks == [untouched]  # the user's own
+    assert not any(module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs for module in other.modules())
+    other.features[0]._forward_hooks.clear()
+    assert_same(other(X), model(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_copy_made_meanwhile_can_be_scripted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with GradCAM("1").reuse(model):
+        model(X)
+        other = copy.deepcopy(model)
+    assert_same(torch.jit.script(other)(X), model(X))
+
+
+REBUILT = {
+    "pruned": lambda head: prune.l1_unstructured(head, "weight", 0.5),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "spectral norm by a hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("rebuild", REBUILT.values(), ids=REBUILT)
+def test_the_heads_weight_is_the_one_that_the_pass_used(rebuild):
+    model, twin = nets = relu_net(), relu_net()
+    twin.load_state_dict(model.state_dict())
+    for net in nets:
+        torch.manual_seed(0)
+        rebuild(net.head)
+    reg = regularizer(heatmap="class_activation")
+    with reg.reuse(model):
+        logits = model(X)
+        with torch.no_grad():
+            model.eval()(X + 1)  # where spectral norm moves nothing
+        model.train()
+        loss = F.cross_entropy(logits, Y) + reg(model, X)
+    out = regularizer(heatmap="class_activation").compute(twin, X)
+    expected = F.cross_entropy(out.logits, Y) + out.loss
+    assert_same(gradients(loss, model), gradients(expected, twin))
 
 
 class Aside(nn.Module):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _LOCK = Lock()
-_GOING: list[AbstractContextManager[None]] = []  # one for each use that goes on; the first to begin switched
+_GOING: list[object] = []  # one for each use that goes on
+_SWITCHED = ExitStack()
 
 
 @contextmanager
@@ -19,18 +20,16 @@ def unfused_attention() -> Iterator[None]:
     PyTorch keeps that choice for the whole process. Uses may overlap, in threads or in ``reuse`` blocks, and end in any
     order: the first switches, and the last switches back.
     """
-    switched: AbstractContextManager[None]
-    with _LOCK:
-        if not _GOING:
-            switched = sdpa_kernel(SDPBackend.MATH)
-            switched.__enter__()
-        else:
-            switched = _GOING[0]
-        _GOING.append(switched)
+    use = object()
     try:
+        with _LOCK:
+            _GOING.append(use)
+            if [use] == _GOING:
+                _SWITCHED.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
     finally:
         with _LOCK:
-            _GOING.pop()
+            if use in _GOING:  # not where an interrupt came first
+                _GOING.remove(use)
             if not _GOING:
-                switched.__exit__(None, None, None)
+                _SWITCHED.close()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cgc_reg._checks import describe
 from cgc_reg.model.attention import unfused_attention
+from cgc_reg.model.given import ordinary
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.own import own_pass
 
@@ -23,6 +24,7 @@ class Capture:
     channels_last: bool  # whether the output looks like (n, h, w, c)
     without_gradients: bool  # whether gradients were off there, which they are not from there on
     called = False
+    called_elsewhere = False  # in a pass of another thread
 
 
 @contextmanager
@@ -48,17 +50,19 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
     def begin(module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or output.requires_grad:
             return None
-        fresh.append(output.detach())
+        fresh.append(ordinary(output).detach())
         return fresh[-1]
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not is_this_pass():
+            kept.called_elsewhere = True
             return None
         _check(kept.target_layer, output, called_before=kept.called)
         kept.called, kept.without_gradients = True, not torch.is_grad_enabled()
         kept.channels_last = is_channels_last(module, output)
         from_the_layer_up.enter_context(unfused_attention())
         torch.set_grad_enabled(True)
+        output = ordinary(output)
         # What hooks of the model's own kept of a fresh tensor is this tensor, so that it counts too.
         own = output.requires_grad or any(output is each for each in fresh)
         kept.output = (output if own else output.detach()).requires_grad_()
@@ -76,7 +80,7 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
             if kept.called and kept.without_gradients:
                 _take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
     if not kept.called:
-        raise _not_called(kept.target_layer, layer)
+        raise _not_called(kept, layer)
 
 
 def _check(target_layer: str, output: object, *, called_before: bool) -> None:
@@ -92,16 +96,25 @@ def _check(target_layer: str, output: object, *, called_before: bool) -> None:
         )
 
 
-def _not_called(target_layer: str, layer: nn.Module) -> RuntimeError:
+def _not_called(kept: Capture, layer: nn.Module) -> RuntimeError:
     repair = "Name another, or let `suggest_target_layer(model, x)` do so."
     parts = [name for name, _ in layer.named_children()]
-    if parts:
-        # As timm's gradient checkpointing does, and models that torch.fx has traced.
-        last = f"{target_layer}.{parts[-1]}"
+    if kept.called_elsewhere:
+        repair = (
+            "It ran in another thread, which may be the loop's. If the forward starts that thread, let it run the "
+            "layer by `contextvars.copy_context().run(layer, x)`, with the context copied in the forward."
+        )
+    elif type(layer) is nn.Module:
+        repair = (
+            "Where torch.fx traced the model, it calls what is inside a layer: trace it with its blocks whole, such as "
+            'by `create_feature_extractor(..., tracer_kwargs={"leaf_modules": [BasicBlock]})`, and name the last block.'
+        )
+    elif isinstance(layer, nn.Sequential) and parts:  # as timm's gradient checkpointing calls one
+        last = f"{kept.target_layer}.{parts[-1]}"
         repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
     return RuntimeError(
-        f"`target_layer` must be a layer that the model's forward calls; got {target_layer!r}, which it did not call. "
-        f"{repair}"
+        f"`target_layer` must be a layer that the model's forward calls; got {kept.target_layer!r}, which it did not "
+        f"call. {repair}"
     )
 
 

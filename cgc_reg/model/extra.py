@@ -12,7 +12,8 @@ from torch import nn
 from cgc_reg.model.checkpoints import watch_checkpoints
 from cgc_reg.model.compilation import compiled_exposed_layer
 from cgc_reg.model.replica import replicated
-from cgc_reg.model.statistics import BatchNormMode, statistics_mode
+from cgc_reg.model.state import BatchNormMode, left_as_found
+from cgc_reg.model.turns import in_turn
 from cgc_reg.model.wrappers import unwrap, without_broadcast
 
 # Models that checkpoint modules whose settings an extra pass changes: finding that out takes a pass of its own.
@@ -32,20 +33,20 @@ def extra_pass(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchN
     Args:
         look: makes the pass with the model that it is given.
         model: wrapped or not.
-        mode: what becomes of BatchNorm, see :func:`statistics_mode`.
+        mode: what becomes of BatchNorm, see :func:`left_as_found`.
 
     Raises:
         RuntimeError: the backward would run modules again in another mode.
     """
     token = _GOING.set(True)
     try:
-        with without_broadcast(model):
+        with in_turn(model), without_broadcast(model):
             # A hook would break a compiled graph, whose backward runs no module again.
             if mode == "update" or compiled_exposed_layer(model) is not None:
-                with statistics_mode(model, mode):
+                with left_as_found(unwrap(model), mode):
                     return look(model)
             if unwrap(model) not in _CHECKPOINTED:
-                with statistics_mode(model, mode) as changed, watch_checkpoints(changed) as run_again:
+                with left_as_found(unwrap(model), mode) as changed, watch_checkpoints(changed) as run_again:
                     seen = look(model)
                 if not run_again:
                     return seen
@@ -62,7 +63,7 @@ def is_extra_pass() -> bool:
 
 def _pass_of_a_replica(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchNormMode) -> Seen:
     with (
-        statistics_mode(model, mode) as changed,
+        left_as_found(unwrap(model), mode) as changed,
         watch_checkpoints(changed) as run_again,
         replicated(model) as replica,
     ):

@@ -10,7 +10,7 @@ from cgc_reg.model.compilation import uncompiled
 from cgc_reg.model.graph import leaves
 from cgc_reg.model.outputs import OutputFunction, find_logits
 from cgc_reg.model.own import own_pass
-from cgc_reg.model.statistics import statistics_mode
+from cgc_reg.model.state import left_as_found
 
 # Models with such a block around a layer, and the weights that a plain pass was seen to train all the same: seeing it
 # takes a pass, which is not for every step.
@@ -35,7 +35,7 @@ def check_frozen_block(
 
     reached = reached_from(logits)
     if not _TRAINED.get(model, set()).issuperset(reached):
-        with own_pass(), uncompiled(model), statistics_mode(model, "preserve"):
+        with own_pass(), uncompiled(model), left_as_found(model):
             _TRAINED[model] = set(reached_from(find_logits(model(x), output_fn, len(x))))
     for name in reached:
         if name not in _TRAINED[model]:

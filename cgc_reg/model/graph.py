@@ -10,10 +10,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 
-def nodes(tensor: Tensor) -> Iterator[Any]:
-    """Go through the nodes that a tensor was computed by; that of a leaf is what takes its gradient."""
-    seen = set()
-    waiting: list[Any] = [get_gradient_edge(tensor).node] if tensor.requires_grad else []
+def node_of(tensor: Tensor) -> Any:
+    """Return the node that a tensor comes from; that of a leaf is what takes its gradient."""
+    return get_gradient_edge(tensor).node if tensor.requires_grad else None
+
+
+def nodes(tensor: Tensor, *, around: Any = None) -> Iterator[Any]:
+    """Go through the nodes that a tensor was computed by, but not through the node `around`."""
+    seen = {around}
+    waiting = [node_of(tensor)]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
@@ -31,7 +36,7 @@ def nodes_between(source: Tensor, result: Tensor) -> Iterator[Any]:
         for following, _ in node.next_functions:
             users[following].append(node)
     seen = set()
-    waiting = [get_gradient_edge(source).node]
+    waiting = [node_of(source)]
     while waiting:
         for node in users[waiting.pop()]:
             if node not in seen:

@@ -1,20 +1,61 @@
-"""Find the linear layer that turns pooled channels into class scores."""
+"""Find the linear layer that turns pooled channels into class scores, and the weight that a pass used."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from cgc_reg.model.layers import did_you_mean
 from cgc_reg.model.settings import evaluation_mode
 
+Weights = Mapping[nn.Module, Tensor]
 
-def head_weight(model: nn.Module, name: str | None, *, channels: int, classes: int) -> Tensor:
+
+@contextmanager
+def used_weights(model: nn.Module) -> Iterator[Weights]:
+    """Keep the weight that each linear layer uses in the pass that is made inside this context.
+
+    Pruning, and weight and spectral norm, make it anew in each pass: after a later one it is another tensor.
+
+    Args:
+        model: not wrapped.
+    """
+    used: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        used[module] = weight_in_use(module)
+
+    with ExitStack() as hooks:
+        for module in linear_layers(model):
+            hooks.callback(module.register_forward_hook(keep).remove)
+        yield used
+
+
+def linear_layers(model: nn.Module) -> list[nn.Module]:
+    """List what may be a head."""
+    return [module for module in model.modules() if _is_linear(module)]
+
+
+def weight_in_use(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer that has just run."""
+    # In evaluation mode a parametrization such as spectral norm's gives the weight of the pass that was.
+    with evaluation_mode(module):
+        weight: Any = module.weight
+    result: Tensor = weight
+    return result
+
+
+def head_weight(model: nn.Module, name: str | None, *, channels: int, classes: int, used: Weights) -> Tensor:
     """Return the weight (classes, channels) of the model's linear head.
 
     Args:
         model: not wrapped.
         name: dotted name of the head; None for the only layer that fits.
         channels, classes: what the head must lead from and to.
+        used: of :func:`used_weights`; what is not in it is read as it is now.
     """
     modules = dict(model.named_modules())
     if name is None:
@@ -36,16 +77,19 @@ def head_weight(model: nn.Module, name: str | None, *, channels: int, classes: i
             f"`head` must be a linear layer from the {channels} channels of the target layer to the {classes} "
             f"classes; got {name!r}, {head}. Use GradCAM, which works with any head."
         )
-    # In evaluation mode a parametrization such as spectral norm's gives the weight of the pass that was.
-    with evaluation_mode(head):
-        weight = head.weight
-    assert isinstance(weight, Tensor)  # says so to the type checker
+    weight = weight_in_use(head)
     if hasattr(weight, "full_tensor"):
         raise ValueError(
             "`head` must not be sharded when CAM reads its weight, after the forward; got a sharded one. Set "
             "`reshard_after_forward=False` in the `fully_shard` of the module that holds it."
         )
-    return weight.flatten(1)
+    return used.get(head, weight).flatten(1)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    )
 
 
 def _leads(module: nn.Module, channels: int, classes: int) -> bool:
@@ -53,7 +97,6 @@ def _leads(module: nn.Module, channels: int, classes: int) -> bool:
         return (module.out_features, module.in_features) == (classes, channels)
     return (
         isinstance(module, nn.Conv2d)
+        and _is_linear(module)
         and (module.out_channels, module.in_channels) == (classes, channels)
-        and module.kernel_size == (1, 1)
-        and module.groups == 1
     )

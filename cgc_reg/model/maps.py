@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cgc_reg._checks import describe
 from cgc_reg._precision import at_least_float32
+from cgc_reg.model.given import ordinary
 from cgc_reg.model.passes import ForwardPass
 
 ReshapeTransform = Callable[[Tensor], Tensor]
@@ -33,7 +34,7 @@ def activation_maps(made: ForwardPass, reshape_transform: ReshapeTransform | Non
 
 def as_maps(layer_output: Tensor, reshape_transform: ReshapeTransform | None, target_layer: str) -> Tensor:
     """Return a layer's output, or its gradient, as maps."""
-    maps = layer_output if reshape_transform is None else reshape_transform(layer_output)
+    maps = ordinary(layer_output if reshape_transform is None else reshape_transform(layer_output))
     if not isinstance(maps, Tensor) or maps.ndim != 4:
         whose = "`target_layer` must put out" if reshape_transform is None else "`reshape_transform` must return"
         repair = (

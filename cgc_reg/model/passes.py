@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from cgc_reg._precision import without_autocast_cache
 from cgc_reg.model.capture import Capture, capture
 from cgc_reg.model.compilation import uncompiled, warn_if_compiled
 from cgc_reg.model.frozen import check_frozen_block
+from cgc_reg.model.head import Weights
 from cgc_reg.model.layers import find_layer, is_channels_last
+from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.outputs import OutputFunction, find_logits
-from cgc_reg.model.statistics import statistics_mode
-from cgc_reg.model.wrappers import ExposedLayer, data_parallel, unwrap
+from cgc_reg.model.state import left_as_found
+from cgc_reg.model.wrappers import ExposedLayer, data_parallel, unwrap, warn_if_one_device
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ForwardPass:
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
     output: Any  # what the model returned
+    weights: Weights = field(default_factory=dict)  # of linear layers, as the pass used them; where they were kept
 
 
 def forward_pass(
@@ -43,15 +46,17 @@ def forward_pass(
         output_fn: takes the model's output to logits (n, k); by default see :func:`find_logits`.
     """
     if not torch.is_grad_enabled():
-        made, _ = _run(model, x, target_layer, output_fn)
-        if made.logits.requires_grad:
-            return made
-        # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended. The model
-        # has had its pass, and this one leaves no trace in its buffers.
-        with torch.enable_grad(), statistics_mode(model, "preserve"):
+        with as_without_gradients():
             made, _ = _run(model, x, target_layer, output_fn)
-        return made
+            if made.logits.requires_grad:
+                return made
+            # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended. The
+            # model has had its pass, and this one leaves no trace in it.
+            with torch.enable_grad(), left_as_found(unwrap(model)):
+                made, _ = _run(model, x, target_layer, output_fn)
+            return made
     warn_if_compiled(model)
+    warn_if_one_device(model)
     made, kept = _run(model, x, target_layer, output_fn)
     if kept.without_gradients:
         check_frozen_block(unwrap(model), x, made.target_layer, made.inner_logits, output_fn)

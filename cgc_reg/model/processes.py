@@ -31,7 +31,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def warn_if_bypassed(model: nn.Module) -> None:
+def warn_if_wrapper_is_bypassed(model: nn.Module) -> None:
     """Warn, once for each model, of a pass that goes around the DistributedDataParallel that holds the model.
 
     A module does not know its wrapper, so wrappers are sought among all of Python's objects.

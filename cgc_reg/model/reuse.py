@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.compilation import is_compiled
+from cgc_reg.model.head import linear_layers, weight_in_use
+from cgc_reg.model.hooks import forward_hook, forward_pre_hook
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.outputs import OutputFunction, find_logits
 from cgc_reg.model.own import is_own_pass
@@ -28,11 +30,18 @@ class KeptPass:
     """A pass as it goes: what the model was given and how it stood, and what it and its layer put out."""
 
     x: Tensor
-    state: tuple[object, ...]
+    x_state: tuple[object, ...]  # before the pass, which may change x in place
     layer_outputs: list[Tensor] = field(default_factory=list)
+    weights: dict[nn.Module, Tensor] = field(default_factory=dict)
     inner_output: Any = None
     output: Any = None
+    state: tuple[object, ...] = ()  # after the pass, which may move a teacher
     versions: list[int] = field(default_factory=list)  # of the output's tensors
+
+    def is_as_it_was(self, model: nn.Module) -> bool:
+        """Tell whether nothing has changed since the pass."""
+        now = (_state_of_x(self.x), _state(model, self.x), _versions(self.output))
+        return now == (self.x_state, self.state, self.versions)
 
 
 class KeptPasses:
@@ -51,7 +60,7 @@ class KeptPasses:
         x = _only_input(self.inner, args, kwargs)
         self.going = None
         if x is not None and not x.is_inference() and not is_own_pass():
-            self.going = KeptPass(x, _state(self.model, x))
+            self.going = KeptPass(x, _state_of_x(x))
 
     def keep(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """Keep what the layer puts out, and let a clone flow on, as in a pass of ours."""
@@ -60,6 +69,11 @@ class KeptPasses:
         self.going.layer_outputs.append(output)
         self.above_the_layer.enter_context(unfused_attention())
         return output.clone()
+
+    def keep_weight(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep the weight of a linear layer."""
+        if self.going is not None:
+            self.going.weights[module] = weight_in_use(module)
 
     def end_inside(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what the model inside DistributedDataParallel puts out."""
@@ -71,7 +85,7 @@ class KeptPasses:
         self.above_the_layer.close()
         going, self.going = self.going, None
         if going is not None and len(going.layer_outputs) == 1:
-            going.output, going.versions = output, _versions(output)
+            going.output, going.versions, going.state = output, _versions(output), _state(self.model, going.x)
             self.passes.append(going)
 
 
@@ -89,12 +103,14 @@ def find_kept_pass(
         if passes.target_layer != find_layer(unwrap(model), target_layer)[0]:
             continue
         for kept in reversed(passes.passes):
-            if kept.x is x and kept.state == _state(model, x) and kept.versions == _versions(kept.output):
+            if kept.x is x and kept.is_as_it_was(model):
                 logits = find_logits(kept.output, output_fn, len(x))
                 inner_logits = find_logits(kept.inner_output, output_fn, len(x))
                 (layer_output,) = kept.layer_outputs
                 channels_last = is_channels_last(passes.layer, layer_output)
-                return ForwardPass(logits, inner_logits, passes.target_layer, layer_output, channels_last, kept.output)
+                return ForwardPass(
+                    logits, inner_logits, passes.target_layer, layer_output, channels_last, kept.output, kept.weights
+                )
     return None
 
 
@@ -110,12 +126,14 @@ def _only_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return given[0]
 
 
+def _state_of_x(x: Tensor) -> tuple[object, ...]:
+    return x._version, x.requires_grad
+
+
 def _state(model: nn.Module, x: Tensor) -> tuple[object, ...]:
     """Return what decides a pass besides its input: to be compared, not read."""
     device = x.device.type
     return (
-        x._version,
-        x.requires_grad,
         *((weight._version, weight.data_ptr(), weight.requires_grad) for weight in model.parameters()),
         *(module.training for module in model.modules()),
         torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device),
@@ -128,29 +146,8 @@ def _versions(output: Any) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-class _Hook:
-    """A hook that a copy of its module does without."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-
-    def __call__(self, *args: Any) -> Any:
-        return self.run(*args)
-
-    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*args: Any) -> None:
-    """Stand where a hook stood."""
-
-
 @contextmanager
-def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[None]:
+def keep_passes(model: nn.Module, target_layer: str | nn.Module, *, weights: bool = False) -> Iterator[None]:
     """Keep each pass of the model that can be reused: over one tensor, with a graph below and above the layer.
 
     A compiled model is left alone, since hooks would make it compile again; so are passes without gradients, with
@@ -159,21 +156,21 @@ def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Non
     Args:
         model: wrapped or not.
         target_layer: dotted name in the unwrapped model, or the layer itself.
+        weights: whether to keep the weights of linear layers too, see :func:`used_weights`.
     """
     kept = KeptPasses(model, target_layer)
     if is_compiled(model):
         yield
         return
     with kept.above_the_layer, ExitStack() as hooks:
-        for handle in (
-            model.register_forward_pre_hook(_Hook(kept.begin), with_kwargs=True),
-            kept.layer.register_forward_hook(_Hook(kept.keep)),
-            kept.inner.register_forward_hook(_Hook(kept.end_inside)),
-            model.register_forward_hook(_Hook(kept.end)),
-            # Fused optimizers change weights without moving their versions.
-            register_optimizer_step_post_hook(lambda *_: kept.passes.clear()),
-        ):
-            hooks.callback(handle.remove)
+        hooks.enter_context(forward_pre_hook(model, kept.begin))
+        hooks.enter_context(forward_hook(kept.layer, kept.keep))
+        for module in linear_layers(kept.inner) if weights else ():
+            hooks.enter_context(forward_hook(module, kept.keep_weight))
+        hooks.enter_context(forward_hook(kept.inner, kept.end_inside))
+        hooks.enter_context(forward_hook(model, kept.end))
+        # Fused optimizers change weights without moving their versions.
+        hooks.callback(register_optimizer_step_post_hook(lambda *_: kept.passes.clear()).remove)
         _KEPT.set((*_KEPT.get(), kept))
         try:
             yield

@@ -13,8 +13,8 @@ from torch import nn
 def attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
     """Set an attribute of a module, and set it back."""
     before = getattr(module, name)
-    setattr(module, name, value)
     try:
+        setattr(module, name, value)
         yield
     finally:
         setattr(module, name, before)

@@ -7,6 +7,8 @@ The lines that CGC adds end in "# CGC"; where one replaces another, the other fo
 
 from __future__ import annotations
 
+import warnings  # CGC
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,6 +46,8 @@ def main(
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # MobileNetV3's 0.01 is for trainings longer than this one
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # The network adds a finer map from an early layer, which the heatmaps leave out.  # CGC
+    warnings.filterwarnings("ignore", "A branch of the model goes around")  # CGC
     # No BatchNorm follows this layer: one would make an image's heatmap depend on the others of the batch.
     reg = CGCRegularizer(GradCAM("classifier.cbr", output_fn=class_scores))  # CGC
 

@@ -1,0 +1,205 @@
+"""An extra pass leaves nothing behind: not in buffers, not in frozen parameters, not in attributes."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import assert_same
+from strategies import generator
+from torch import nn
+
+from cgc_reg import CGCRegularizer, GradCAM, check_closed_form, explain, suggest_target_layer
+
+X = torch.randn(4, 3, 16, 16, generator=generator(0), dtype=torch.float64)
+
+
+def encoder():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3))
+
+
+class Moving(nn.Module):
+    """Stores in each pass what it can: a teacher's weights, a queue, a counter, a loss beside, a list and a cache."""
+
+    def __init__(self, move):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher = encoder(), encoder().requires_grad_(False)
+        self.head = nn.Linear(8, 5)
+        self.move, self.passes, self.losses, self.cache = move, 0, [], {}
+        self.register_buffer("queue", torch.zeros(4, 8))
+
+    def forward(self, x):
+        for own, other in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            self.move(own, other)
+        pooled, known = (net(x).mean(dim=(2, 3)) for net in (self.student, self.teacher))
+        self.queue = torch.cat([known.detach(), self.queue])[:4]
+        self.passes += 1
+        self.beside = F.mse_loss(pooled, known)
+        self.losses.append(self.beside)
+        self.cache[self.passes] = pooled
+        return self.head(pooled)
+
+
+def in_place(own, other):
+    with torch.no_grad():
+        own.mul_(0.9).add_(other, alpha=0.1)
+
+
+def by_data(own, other):
+    own.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+
+def by_new_data(own, other):
+    own.data = 0.9 * own.data + 0.1 * other.data
+
+
+def stored(model):
+    own = {name: value for name, value in vars(model).items() if name in ("passes", "losses", "cache", "beside")}
+    return copy.deepcopy({name: detached(value) for name, value in own.items()} | dict(model.state_dict()))
+
+
+def detached(value):
+    if isinstance(value, list):
+        return [detached(each) for each in value]
+    if isinstance(value, dict):
+        return {key: detached(each) for key, each in value.items()}
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+
+
+@pytest.fixture(params=[in_place, by_data, by_new_data])
+def model(request):
+    return Moving(request.param).double()
+
+
+def call(model):
+    return CGCRegularizer("student")(model, X)
+
+
+def measure(model):
+    with torch.no_grad():
+        return call(model)
+
+
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_extra_pass_leaves_no_trace(model, bn_mode, training):
+    model.train(training)
+    before = stored(model)
+    CGCRegularizer("student", bn_mode=bn_mode)(model, X).backward()
+    same(stored(model), before)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        measure,
+        lambda model: explain(model, X, "student"),
+        lambda model: suggest_target_layer(model, X),
+        lambda model: check_closed_form(model, X, "student"),
+    ],
+    ids=["measure", "explain", "suggest", "check"],
+)
+def test_looking_leaves_no_trace(model, look):
+    before = stored(model)
+    look(model)
+    same(stored(model), before)
+    copy.deepcopy(model)  # keeps no graph
+
+
+def test_a_step_moves_what_one_pass_moves(model):
+    twin = copy.deepcopy(model)
+    twin(X)
+    CGCRegularizer("student").compute(model, X).loss.backward()
+    same(stored(model), stored(twin))
+
+
+def test_a_loss_that_the_loop_reads_from_the_model_is_that_of_its_own_pass(model):
+    model(X)
+    beside = model.beside
+    call(model)
+    assert model.beside is beside
+
+
+def test_a_pass_is_reused_whose_forward_moves_parameters(model):
+    twin, g = copy.deepcopy(model), GradCAM("student")
+    logits = twin(X)
+    with g.reuse(model):
+        assert_same(model(X), logits)
+        g(model, X)
+    same(stored(model), stored(twin))
+
+
+@pytest.mark.parametrize("bn_mode", ["preserve", "update", "eval"])
+def test_a_forward_that_writes_what_is_trained_is_warned_of_once(bn_mode):
+    class Limited(nn.Linear):
+        """Holds the norm of its weight, as nets for EEG do."""
+
+        def forward(self, x):
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+            return super().forward(x)
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self.head(self.features(x).mean(dim=(2, 3)))
+
+    model = Net()
+    model.features, model.head = encoder(), Limited(8, 5)
+    reg = CGCRegularizer("features", bn_mode=bn_mode)
+    with pytest.warns(UserWarning, match=r"writes 'head\.weight', a parameter that is trained"):
+        reg(model, X.float())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reg(model, X.float())
+
+
+def test_frozen_parameters_are_lent_once_where_they_are_shared():
+    model = nn.Sequential(encoder().requires_grad_(False), nn.Conv2d(8, 8, 1))
+    model[0][3].weight = nn.Parameter(torch.randn(8, 6, 3, 3), requires_grad=False)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.again = encoder().requires_grad_(False), encoder().requires_grad_(False)
+            self.again[0].weight = self.trunk[0].weight
+            self.last, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+        def forward(self, x):
+            assert self.again[0].weight is self.trunk[0].weight
+            return self.head(self.last(self.trunk(x) + self.again(x)).mean(dim=(2, 3)))
+
+    CGCRegularizer("last")(Net().double(), X).backward()
+
+
+def test_a_model_whose_lazy_modules_have_not_run_is_refused_and_left_as_found():
+    def net():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+        return model.double()
+
+    looks = [
+        call_layer,
+        lambda model: explain(model, X, "2"),
+        lambda model: suggest_target_layer(model, X),
+    ]
+    for look in looks:
+        model = net()
+        with pytest.raises(RuntimeError, match=r"must be initialised by a pass of its own .* Call `model\(x\)` once"):
+            look(model)
+        torch.manual_seed(1)
+        logits, fresh = model(X), net()
+        torch.manual_seed(1)
+        assert_same(logits, fresh(X))
+    model = net()
+    CGCRegularizer("2").compute(model, X).loss.backward()  # whose own pass comes first
+
+
+def call_layer(model):
+    return CGCRegularizer("2")(model, X)
