@@ -2,9 +2,11 @@
 
 import csv
 import inspect
+import random
 import re
 import sys
 import types
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ from cgc_reg import CGCRegularizer, RandomResizedCropFlip
 from tests.marked import without_marked_lines, words_of_cgc
 from tests.pages import run_blocks
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what is deprecated in torch and pandas, which it uses when it is imported
+    import fastai.vision.all  # noqa: F401
+
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 PAGE = FOLDER / "README.md"
 # The arguments that make each recipe small.
@@ -34,6 +40,7 @@ RECIPES = {
     "semi_supervised": {"labelled_images": 4, "unlabelled_images": 8, "epochs": 1, "batch_size": 4},
     "frozen_trunk": TINY,
     "segmentation_output": TINY,
+    "fastai_learner": TINY,
 }
 SCALARS = {"loss", "positive_similarity", "negative_similarity", "margin", "blank_share"}
 
@@ -119,6 +126,7 @@ def run(monkeypatch, tmp_path_factory, computed):
         folder = tmp_path_factory.mktemp(name)
         out = {"out": folder} if "out" in inspect.signature(module.main).parameters else {}
         torch.manual_seed(0)
+        random.seed(0)  # fastai shuffles by it
         before = len(computed)
         result = module.main(**out, **{**RECIPES[name], **changed})
         return Run(module, result, folder, computed[before:])
@@ -370,3 +378,20 @@ def test_segmentation_runs_the_model_twice_a_step(run, monkeypatch):
     monkeypatch.setattr(module, "lraspp_mobilenet_v3_large", watched)
     run("segmentation_output", module=module)
     assert training.count(True) == 2 * 2  # in two steps
+
+
+def test_fastai_takes_two_passes_a_step_and_keeps_no_hook(run, monkeypatch):
+    module, seen = load("fastai_learner", monkeypatch), []
+    whole = module.resnet18
+
+    def watched(**options):
+        model = whole(**options)
+        model.register_forward_hook(lambda model, args, output: seen.append(model.training))
+        return model
+
+    module.resnet18 = watched
+    made = run("fastai_learner", module=module)
+    assert seen == [True] * 4 + [False]  # the Learner's pass over x and CGC's over the view, in both steps; validation
+    assert not made.model._forward_pre_hooks
+    (row,) = csv.DictReader((made.folder / "metrics.csv").read_text().splitlines())
+    assert float(row["valid_loss"]) > 0
