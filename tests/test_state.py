@@ -203,3 +203,22 @@ def test_a_model_whose_lazy_modules_have_not_run_is_refused_and_left_as_found():
 
 def call_layer(model):
     return CGCRegularizer("2")(model, X)
+
+
+def test_a_parameter_of_a_kind_of_its_own_is_not_copied():
+    class Quantised(nn.Parameter):
+        """Holds beside its numbers what a copy would lack."""
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * self.weight.scale
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self.head(self.features(x).mean(dim=(2, 3)))
+
+    model = Net()
+    model.features, model.head = encoder(), Layer(8, 5)
+    model.head.weight = Quantised(model.head.weight.detach(), requires_grad=False)
+    model.head.weight.scale = 2.0
+    CGCRegularizer("features")(model, X.float()).backward()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from cgc_reg._warn import warn
 from cgc_reg.model.settings import attribute
@@ -18,6 +18,7 @@ BatchNormMode = Literal["preserve", "update", "eval"]
 
 # What every module has, and no forward sets.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_LAZY = (UninitializedParameter, UninitializedBuffer)
 # Models that were warned of.
 _WARNED: WeakSet[nn.Module] = WeakSet()
 
@@ -42,19 +43,20 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
     Raises:
         RuntimeError: no pass has initialised the model's lazy modules.
     """
-    parameters = dict(model.named_parameters())
-    if any(is_lazy(tensor) for tensor in (*parameters.values(), *model.buffers())):
+    modules = list(model.modules())
+    tensors = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
+    parameters = [tensor for tensor in tensors if type(tensor) is nn.Parameter]
+    if any(type(tensor) in _LAZY for tensor in tensors):
         raise RuntimeError(
             "`model` must be initialised by a pass of its own before one that leaves it as it was; got one whose lazy "
             "modules have not run. Call `model(x)` once, as before making the optimizer."
         )
-    before = {name: _version(parameter) for name, parameter in parameters.items()}
+    versions = [_version(parameter) for parameter in parameters]
     changed: list[nn.Module] = []
     copies: dict[Tensor, Tensor] = {}  # a tensor that two modules share has one copy
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.enter_context(_attributes(module))
-            buffers = list(module.named_buffers(recurse=False)) if mode != "update" else []
+    with _attributes(modules), ExitStack() as stack:
+        for module in modules:
+            buffers = list(module._buffers.items()) if mode != "update" else []
             if "running_mean" in module._buffers:  # also of a scripted one, which has no class of its own
                 if not module.training:
                     buffers = []  # which it does not write
@@ -62,16 +64,19 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
                     stack.enter_context(attribute(module, "training", False))
             if buffers:
                 changed.append(module)
-            for name, tensor in (*buffers, *_frozen(module)):
+            for name, tensor in (*buffers, *module._parameters.items()):
+                if tensor is None or (name in module._parameters and not _can_be_lent(tensor)):
+                    continue
                 if tensor not in copies:
                     copies[tensor] = _copy(tensor)
                 stack.enter_context(attribute(module, name, copies[tensor]))
         yield changed
-    written = [name for name, parameter in parameters.items() if _version(parameter) != before[name]]
-    if written and model not in _WARNED:
+    if [_version(parameter) for parameter in parameters] != versions and model not in _WARNED:
         _WARNED.add(model)
+        now = {id(each): _version(each) != was for each, was in zip(parameters, versions, strict=True)}
+        written = next(name for name, parameter in model.named_parameters() if now.get(id(parameter)))
         warn(
-            f"The model's forward writes {written[0]!r}, a parameter that is trained, and an extra pass has written it "
+            f"The model's forward writes {written!r}, a parameter that is trained, and an extra pass has written it "
             "once more than the loop does. That is harmless where a second time changes nothing, as with a limit on "
             "norms; else move it out of the forward, into the loop."
         )
@@ -83,32 +88,30 @@ def norms_in_training(model: nn.Module) -> int:
 
 
 @contextmanager
-def _attributes(module: nn.Module) -> Iterator[None]:
-    """Set back what a forward stores in attributes of a module, and in dictionaries and lists that these hold."""
-    before = dict(vars(module))
+def _attributes(modules: list[nn.Module]) -> Iterator[None]:
+    """Set back what a forward stores in attributes of modules, and in dictionaries and lists that these hold."""
+    before = [(vars(module), dict(vars(module))) for module in modules]
     contents = [
         (value, value.copy())
-        for name, value in before.items()
-        if name not in _OF_EVERY_MODULE and type(value) in (dict, list)
+        for _, values in before
+        for name, value in values.items()
+        if type(value) in (dict, list) and name not in _OF_EVERY_MODULE
     ]
     try:
         yield
     finally:
-        for name in [name for name in vars(module) if name not in before]:
-            del vars(module)[name]
-        vars(module).update(before)
+        for now, values in before:
+            for name in now.keys() - values.keys():
+                del now[name]
+            now.update(values)
         for value, content in contents:
             value.clear()
             (value.update if isinstance(value, dict) else value.extend)(content)
 
 
-def _frozen(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """List a module's frozen parameters; kinds of their own, such as sharded or quantised ones, cannot be copied."""
-    return [
-        (name, parameter)
-        for name, parameter in module.named_parameters(recurse=False)
-        if type(parameter) is nn.Parameter and not parameter.requires_grad
-    ]
+def _can_be_lent(parameter: Tensor) -> bool:
+    """Tell whether a pass may write a copy of a parameter; kinds of their own, such as quantised ones, have none."""
+    return type(parameter) is nn.Parameter and not parameter.requires_grad
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -116,6 +119,6 @@ def _copy(tensor: Tensor) -> Tensor:
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
-def _version(parameter: nn.Parameter) -> tuple[Any, ...]:
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
     """Return what moves when a parameter is written, but for ``parameter.data.mul_`` and its like."""
-    return (parameter._version, parameter.data_ptr()) if type(parameter) is nn.Parameter else ()
+    return parameter._version, parameter.data_ptr()
