@@ -95,8 +95,10 @@ class AtLayer:
         - for another tensor, or a copy of x;
         - for a compiled model;
         - where x, the output, a weight or what is frozen, the training mode or autocast has changed since the pass, or
-          an optimizer has made a step. ``weight.data.copy_`` is a change that PyTorch shows to nobody, and buffers are
-          not looked at.
+          an optimizer has made a step. ``weight.data.copy_`` is a change that PyTorch shows to nobody, and buffers and
+          attributes are not looked at;
+        - where the layer and all below it is frozen, since its output has no graph then;
+        - for a pass of another thread.
 
         The passes are kept until the block ends, so open one for each step. The loop's line and the explainer's share a
         graph: sum the losses before the backward.

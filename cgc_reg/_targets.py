@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from numbers import Integral
 from typing import TypeAlias
 
 import torch
@@ -29,7 +30,7 @@ def as_target(target: object, batch_size: int, device: torch.device) -> Tensor |
     """
     if target is None:
         return None
-    if isinstance(target, int) and not isinstance(target, bool):
+    if isinstance(target, Integral) and not isinstance(target, bool):
         target = torch.tensor(target, device=device)
     if isinstance(target, (list, tuple)):
         with suppress(TypeError, ValueError):  # of entries that are no numbers, or of unequal lengths

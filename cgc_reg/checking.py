@@ -19,6 +19,7 @@ from cgc_reg.explain import explain
 from cgc_reg.explainers import CAM, GradCAM, as_explainer, explained
 from cgc_reg.explanation import Explainer
 from cgc_reg.losses import unit_maps
+from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.wrappers import unwrap
 
@@ -108,11 +109,24 @@ def check_gradient(
         g = g.with_layer(model, x)
         name, _ = find_layer(unwrap(model), g._layer)
         g = replace(g, target_layer=name)
-    model, x = copy.deepcopy(unwrap(model)).double().eval(), x.detach().double()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.enable_grad():
-        seen = explained(g, model, x, as_target(target, len(x), x.device))
+    with outside_inference_mode(), torch.enable_grad():
+        largest = _largest_difference(g, copy.deepcopy(unwrap(model)).double().eval(), x, target, tolerance)
+    if not largest <= tolerance:
+        raise ValueError(
+            f"The gradient of the heatmaps must be that of finite differences; got a relative difference of "
+            f"{largest:.2g}, above {tolerance:g}. A function between the layer and the logits has a wrong second "
+            "derivative: in an `autograd.Function` of your own, let `backward` use `ctx.saved_tensors` alone, which "
+            "`save_for_backward` keeps for inputs and outputs, and compute anything else anew."
+        )
+    return largest
+
+
+def _largest_difference(g: Explainer, model: nn.Module, x: Tensor, target: Target | None, tolerance: float) -> float:
+    """Return the largest difference along the gradient and two random directions, for :func:`check_gradient`."""
     generator = torch.Generator().manual_seed(0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    x = ordinary(x).detach().double()
+    seen = explained(g, model, x, as_target(ordinary(target), len(x), x.device))
     weights = _random(seen.heatmap, generator)
     found = torch.autograd.grad((seen.heatmap * weights).sum(), parameters, allow_unused=True)
     gradients = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found, strict=True)]
@@ -124,17 +138,15 @@ def check_gradient(
         vector_to_parameters(place, parameters)
         return (explained(g, model, x, seen.target).heatmap * weights).sum()
 
+    if not gradient.any():
+        raise ValueError(
+            "The heatmaps must have a gradient to be checked; got heatmaps that are blank, or do not change. Pass "
+            "other images, or a `target` that something in them speaks for."
+        )
     largest = 0.0
     for factor in (1.0, _random(gradient, generator), _random(gradient, generator)):
         direction = F.normalize(factor * gradient, dim=0)
         largest = max(largest, _difference(at, here, direction, gradient @ direction, tolerance))
-    if not largest <= tolerance:
-        raise ValueError(
-            f"The gradient of the heatmaps must be that of finite differences; got a relative difference of "
-            f"{largest:.2g}, above {tolerance:g}. A function between the layer and the logits has a wrong second "
-            "derivative: in an `autograd.Function` of your own, let `backward` use `ctx.saved_tensors` alone, which "
-            "`save_for_backward` keeps for inputs and outputs, and compute anything else anew."
-        )
     return largest
 
 

@@ -48,7 +48,7 @@ def explain(
     explainer = as_explainer(explainer)
     check_images("x", x)
     model = unwrap(model)
-    with outside_inference_mode(), torch.no_grad(), in_turn(model), evaluation_mode(model), left_as_found(model):
+    with outside_inference_mode(), torch.no_grad(), in_turn(model), left_as_found(model), evaluation_mode(model):
         target = as_target(ordinary(target), len(x), x.device)
         x = x.clone()  # the model may change its images in place
         return explained(explainer, model, x, target).heatmap

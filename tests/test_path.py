@@ -183,3 +183,16 @@ def test_the_check_takes_a_layer_itself_and_leaves_the_model_alone():
         assert torch.equal(tensor, before[name])
     with pytest.raises(ValueError, match="`tolerance` must"):
         check_gradient(model, X, "features", tolerance=-1.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_check_may_be_made_without_gradients(mode):
+    with mode():
+        assert check_gradient(relu_net(), X.clone(), "features", 1) < 1e-3
+
+
+def test_the_check_of_blank_heatmaps_says_so():
+    model = relu_net()
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(ValueError, match="must have a gradient to be checked; got heatmaps that are blank"):
+        check_gradient(model, X, "features")

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -595,3 +596,35 @@ def test_a_compiled_model_is_not_compiled_again():
     with regularizer().reuse(compiled):
         compiled(X)
     assert len(graphs) == 1
+
+
+def test_a_pass_of_another_thread_is_never_taken():
+    model, other = relu_net(), -X
+    started, end = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if args[0] is other:
+            started.set()
+            end.wait(30)
+        else:
+            end.set()
+            thread.join()  # that pass ends after this one has begun
+
+    model.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=model, args=(other,))
+    g = GradCAM("features")
+    with g.reuse(model):
+        thread.start()
+        started.wait(30)
+        logits = model(X)
+        seen = g(model, X)
+    assert seen.logits is logits
+    assert_same(seen.heatmap, g(model, X).heatmap)
+
+
+def test_a_traced_model_can_be_copied_meanwhile():
+    model = torch.fx.symbolic_trace(relu_net())
+    with GradCAM("features.4").reuse(model):
+        model(X)
+        other = copy.deepcopy(model)
+    assert_same(other(X), model(X))

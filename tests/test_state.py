@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import OrderedDict, defaultdict, deque
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_a_forward_that_writes_what_is_trained_is_warned_of_once(bn_mode):
     model = Net()
     model.features, model.head = encoder(), Limited(8, 5)
     reg = CGCRegularizer("features", bn_mode=bn_mode)
-    with pytest.warns(UserWarning, match=r"writes 'head\.weight', a parameter that is trained"):
+    with pytest.warns(UserWarning, match=r"writes the parameter 'head\.weight', .*: it is trained"):
         reg(model, X.float())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -222,3 +223,103 @@ def test_a_parameter_of_a_kind_of_its_own_is_not_copied():
     model.head.weight = Quantised(model.head.weight.detach(), requires_grad=False)
     model.head.weight.scale = 2.0
     CGCRegularizer("features")(model, X.float()).backward()
+
+
+class Adaptive(nn.BatchNorm2d):
+    """Normalises with the batch's statistics in evaluation too, and follows them."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+
+class Storing(nn.Module):
+    """Keeps what a forward made in containers of all kinds, in a tensor that is no buffer, and in a late buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = nn.Sequential(nn.Conv2d(3, 6, 3), Adaptive(6)), nn.Linear(6, 5)
+        self.ordered, self.default, self.queue, self.seen = OrderedDict(), defaultdict(list), deque(), set()
+        self.total = torch.zeros(5, dtype=torch.float64)
+        self.register_buffer("centre", None)
+
+    def forward(self, x):
+        features = self.features(x).mean(dim=(2, 3))
+        logits = self.head(features)
+        self.ordered["beside"] = logits.square().mean()
+        self.default["logits"].append(logits)
+        self.queue.append(logits)
+        self.seen.add(len(self.seen))
+        self.total += logits.detach().sum(dim=0)
+        self.centre = features.detach().mean(dim=0)
+        self.register_buffer("late", features.detach().clone())
+        return logits
+
+
+def held(model):
+    containers = {name: list(getattr(model, name)) for name in ("ordered", "queue", "seen", "default")}
+    return containers, model.total.clone(), {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: CGCRegularizer("features")(model, X),
+        lambda model: CGCRegularizer("features")(model.eval(), X),
+        lambda model: explain(model, X, "features"),
+        lambda model: suggest_target_layer(model, X),
+    ],
+    ids=["call", "call in evaluation mode", "explain", "suggest"],
+)
+def test_containers_plain_tensors_and_late_buffers_are_as_before(look):
+    model = Storing().double()
+    before = held(model)
+    look(model)
+    assert_same(held(model), before)
+    model(X)
+    beside = model.ordered["beside"]
+    look(model)
+    assert model.ordered["beside"] is beside
+
+
+class Prepared(nn.Module):
+    """Prepares evaluation in `train(False)` and undoes it in `train()`, and counts, as LeViT and LoRA layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.switched = nn.Parameter(torch.randn(8, dtype=torch.float64)), 0
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.switched += 1
+        if not mode:
+            self.ready = 2 * self.weight.detach()
+        elif hasattr(self, "ready"):
+            del self.ready
+        return self
+
+    def forward(self, x):
+        return x + (2 * self.weight if self.training else self.ready)[:, None, None]
+
+
+@pytest.mark.parametrize("look", [lambda m: explain(m, X, "0"), lambda m: suggest_target_layer(m, X)])
+def test_evaluation_is_prepared_as_the_model_does_it(look):
+    model = nn.Sequential(encoder(), Prepared(), nn.Flatten(), nn.LazyLinear(5)).double()
+    model(X)
+    with torch.no_grad():
+        model[1].weight.add_(1)  # what was prepared earlier would be out of date
+    before = stored(model), dict(vars(model[1]))
+    found = look(model)
+    same(stored(model), before[0])
+    assert vars(model[1]) == before[1]
+    expected = look(copy.deepcopy(model).eval())
+    assert found == expected if isinstance(found, str) else assert_same(found, expected) is None
+
+
+def test_a_frozen_parameter_of_a_kind_of_its_own_that_moves_is_warned_of():
+    class Kind(nn.Parameter):
+        """Cannot be copied."""
+
+    model = Moving(in_place).double()
+    model.teacher[0].weight = Kind(model.teacher[0].weight.detach(), requires_grad=False)
+    with pytest.warns(UserWarning, match=r"writes the parameter 'teacher\.0\.weight', .*by another way"):
+        call(model)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cgc_reg.model.layers import did_you_mean
-from cgc_reg.model.settings import evaluation_mode
+from cgc_reg.model.settings import evaluation_flags
 
 Weights = Mapping[nn.Module, Tensor]
 
@@ -42,7 +42,7 @@ def linear_layers(model: nn.Module) -> list[nn.Module]:
 def weight_in_use(module: nn.Module) -> Tensor:
     """Return the weight of a linear layer that has just run."""
     # In evaluation mode a parametrization such as spectral norm's gives the weight of the pass that was.
-    with evaluation_mode(module):
+    with evaluation_flags(module):
         weight: Any = module.weight
     result: Tensor = weight
     return result

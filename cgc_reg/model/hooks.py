@@ -6,7 +6,7 @@ import copyreg
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 from torch import nn
@@ -19,11 +19,21 @@ _REGISTERS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class _Hook:
+    """A hook for the calls of the thread that makes it."""
+
     def __init__(self, run: Callable[..., Any]) -> None:
         self.run = run
+        self.thread = get_ident()
 
     def __call__(self, *args: Any) -> Any:
-        return self.run(*args)
+        return self.run(*args) if get_ident() == self.thread else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)  # for classes that copy their hooks themselves, as those of torch.fx do
+
+
+def _nothing(*args: Any) -> None:
+    """Stand where a hook stood."""
 
 
 @contextmanager

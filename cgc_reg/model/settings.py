@@ -21,19 +21,27 @@ def attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
+def evaluation_flags(model: nn.Module) -> Iterator[None]:
+    """Set the flag of evaluation mode in every module of the model, and each back."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(attribute(module, "training", False))
+        yield
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of the model into evaluation mode, and each back into its own."""
-    before = {module: module.training for module in model.modules()}
-    with ExitStack() as stack:
-        for module in before:
-            stack.enter_context(attribute(module, "training", False))
+    own = [module for module in model.modules() if module.training and _has_train_of_its_own(module)]
+    with evaluation_flags(model):
+        # A `train` of their own may prepare what evaluation needs, or merge weights, and undo that, as LeViT's does.
         try:
+            for module in own:
+                module.train(False)
             yield
         finally:
-            # A `train` of their own may forget what a forward has stored for evaluation, as LeViT's does.
-            for module, was in before.items():
-                if was and _has_train_of_its_own(module):
-                    module.train()
+            for module in own:
+                module.train()
 
 
 def _has_train_of_its_own(module: nn.Module) -> bool:

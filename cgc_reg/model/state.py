@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -18,6 +19,7 @@ BatchNormMode = Literal["preserve", "update", "eval"]
 
 # What every module has, and no forward sets.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, list, set, deque)
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 # Models that were warned of.
 _WARNED: WeakSet[nn.Module] = WeakSet()
@@ -45,7 +47,7 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
     """
     modules = list(model.modules())
     tensors = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
-    parameters = [tensor for tensor in tensors if type(tensor) is nn.Parameter]
+    parameters = [each for module in modules for each in module._parameters.values() if each is not None]
     if any(type(tensor) in _LAZY for tensor in tensors):
         raise RuntimeError(
             "`model` must be initialised by a pass of its own before one that leaves it as it was; got one whose lazy "
@@ -54,14 +56,13 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
     versions = [_version(parameter) for parameter in parameters]
     changed: list[nn.Module] = []
     copies: dict[Tensor, Tensor] = {}  # a tensor that two modules share has one copy
-    with _attributes(modules), ExitStack() as stack:
+    with _attributes(modules, with_buffers=mode != "update"), ExitStack() as stack:
         for module in modules:
             buffers = list(module._buffers.items()) if mode != "update" else []
-            if "running_mean" in module._buffers:  # also of a scripted one, which has no class of its own
-                if not module.training:
-                    buffers = []  # which it does not write
-                elif mode == "eval":
-                    stack.enter_context(attribute(module, "training", False))
+            if not module.training and isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
+                buffers = []  # which it does not write
+            elif mode == "eval" and "running_mean" in module._buffers:  # also of a scripted one, and of a subclass
+                stack.enter_context(attribute(module, "training", False))
             if buffers:
                 changed.append(module)
             for name, tensor in (*buffers, *module._parameters.items()):
@@ -76,9 +77,10 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
         now = {id(each): _version(each) != was for each, was in zip(parameters, versions, strict=True)}
         written = next(name for name, parameter in model.named_parameters() if now.get(id(parameter)))
         warn(
-            f"The model's forward writes {written!r}, a parameter that is trained, and an extra pass has written it "
-            "once more than the loop does. That is harmless where a second time changes nothing, as with a limit on "
-            "norms; else move it out of the forward, into the loop."
+            f"The model's forward writes the parameter {written!r}, and an extra pass has written it once more than "
+            "the loop does: it is trained, or the forward reaches it by another way than its module. That is harmless "
+            "where a second time changes nothing, as with a limit on norms; else move it out of the forward, into the "
+            "loop."
         )
 
 
@@ -88,16 +90,21 @@ def norms_in_training(model: nn.Module) -> int:
 
 
 @contextmanager
-def _attributes(modules: list[nn.Module]) -> Iterator[None]:
-    """Set back what a forward stores in attributes of modules, and in dictionaries and lists that these hold."""
+def _attributes(modules: list[nn.Module], *, with_buffers: bool) -> Iterator[None]:
+    """Set back what a forward stores in attributes of modules, and in the containers and tensors that these hold.
+
+    Args:
+        modules: of the model.
+        with_buffers: whether buffers that the forward adds go too.
+    """
     before = [(vars(module), dict(vars(module))) for module in modules]
-    contents = [
-        (value, value.copy())
-        for _, values in before
-        for name, value in values.items()
-        if type(value) in (dict, list) and name not in _OF_EVERY_MODULE
-    ]
+    own = _OF_EVERY_MODULE - {"_buffers"} if with_buffers else _OF_EVERY_MODULE
+    held = [(now, name, value) for now, values in before for name, value in values.items() if name not in own]
+    contents = [(value, value.copy()) for _, _, value in held if isinstance(value, _CONTAINERS)]
     try:
+        for now, name, value in held:
+            if type(value) is Tensor and not value.requires_grad:
+                now[name] = value.clone()
         yield
     finally:
         for now, values in before:
@@ -106,7 +113,7 @@ def _attributes(modules: list[nn.Module]) -> Iterator[None]:
             now.update(values)
         for value, content in contents:
             value.clear()
-            (value.update if isinstance(value, dict) else value.extend)(content)
+            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
 
 
 def _can_be_lent(parameter: Tensor) -> bool:
@@ -119,6 +126,6 @@ def _copy(tensor: Tensor) -> Tensor:
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
-def _version(parameter: nn.Parameter) -> tuple[int, int]:
+def _version(parameter: Tensor) -> tuple[int, int]:
     """Return what moves when a parameter is written, but for ``parameter.data.mul_`` and its like."""
-    return parameter._version, parameter.data_ptr()
+    return parameter._version, parameter.data_ptr() if type(parameter) is nn.Parameter else 0

@@ -93,8 +93,8 @@ def _look(model: nn.Module, x: Tensor) -> tuple[list[_Map], list[str], Any]:
                         tokens.append(name)
 
                 stack.callback(module.register_forward_hook(keep).remove)
-        stack.enter_context(evaluation_mode(model))
         stack.enter_context(left_as_found(model))
+        stack.enter_context(evaluation_mode(model))
         stack.enter_context(as_without_gradients())
         stack.enter_context(without_autocast_cache())
         stack.enter_context(uncompiled(model))
