@@ -66,6 +66,6 @@ def in_its_graph(seen: Explanation, model: nn.Module, x: Tensor, layer_output: T
         # backward that does nothing, in silence.
         output = tree_map_only(Tensor, Tensor.detach, seen.output)
         return Explanation(seen.heatmap.detach(), seen.logits.detach(), seen.target, output)
-    if seen.logits.requires_grad and (data_parallel(model) is not None or is_sharded(model)):
+    if data_parallel(model) is not None or is_sharded(model):
         return replace(seen, heatmap=reach_all_parameters(seen.heatmap, seen.logits))
     return seen

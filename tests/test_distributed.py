@@ -180,6 +180,18 @@ def buffers_after(rank, *passes):
     return buffers_of(model)
 
 
+def step_in_update_mode(rank):
+    """Take a step whose extra passes write running statistics; return the passes that went through the wrapper."""
+    ddp, passes = DistributedDataParallel(network(nn.BatchNorm2d)), []
+    ddp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    plain = F.cross_entropy(ddp(X[SHARE[rank]]), Y[SHARE[rank]])
+    try:
+        (plain + call(ddp, SHARE[rank], bn_mode="update")).backward()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"passes": len(passes)}
+
+
 def plain_pass(model, share):
     model(X[share])
 
@@ -256,6 +268,11 @@ def work(rank):
     results["one pass and extra ones"] = buffers_after(rank, plain_pass, call, look)
     results["two passes"] = buffers_after(rank, plain_pass, plain_pass)
     results["one pass and compute"] = buffers_after(rank, plain_pass, compute)
+    results["update"] = step_in_update_mode(rank)
+    ddp = DistributedDataParallel(network(nn.BatchNorm2d))
+    if rank == 0:  # where a broadcast would wait for the other process
+        with torch.no_grad():
+            results["measured alone"] = call(ddp, SHARE[rank])
     results["warnings"] = {name: warnings_of(name) for name in BYPASSING | SYNCHRONISED}
     return results
 
@@ -338,6 +355,15 @@ def test_a_foreign_explainer_is_refused_where_its_gradient_would_end_the_step(re
 def test_extra_passes_do_not_broadcast_buffers(results, rank):
     assert_same(results[rank]["one pass and extra ones"], results[rank]["one pass"])
     assert_same(results[rank]["one pass and compute"], results[rank]["two passes"])
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_extra_passes_may_write_statistics_and_the_views_goes_around_the_wrapper(results, rank):
+    assert results[rank]["update"] == {"passes": 2}  # the loop's, and that over x
+
+
+def test_one_process_may_measure_alone(results):
+    assert results[0]["measured alone"].isfinite()
 
 
 def test_running_statistics_differ_between_processes(results):
