@@ -323,3 +323,14 @@ def test_a_frozen_parameter_of_a_kind_of_its_own_that_moves_is_warned_of():
     model.teacher[0].weight = Kind(model.teacher[0].weight.detach(), requires_grad=False)
     with pytest.warns(UserWarning, match=r"writes the parameter 'teacher\.0\.weight', .*by another way"):
         call(model)
+
+
+def test_a_container_that_cannot_be_emptied_is_left_alone():
+    class Sealed(dict):
+        def clear(self):
+            raise TypeError
+
+    model = Storing().double()
+    model.output = Sealed(logits=1)
+    CGCRegularizer("features")(model, X)
+    assert model.output == {"logits": 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -19,7 +19,8 @@ BatchNormMode = Literal["preserve", "update", "eval"]
 
 # What every module has, and no forward sets.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_CONTAINERS = (dict, list, set, deque)
+# Exactly these: classes of their own, such as the outputs of transformers, may refuse to be emptied.
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 # Models that were warned of.
 _WARNED: WeakSet[nn.Module] = WeakSet()
@@ -100,7 +101,7 @@ def _attributes(modules: list[nn.Module], *, with_buffers: bool) -> Iterator[Non
     before = [(vars(module), dict(vars(module))) for module in modules]
     own = _OF_EVERY_MODULE - {"_buffers"} if with_buffers else _OF_EVERY_MODULE
     held = [(now, name, value) for now, values in before for name, value in values.items() if name not in own]
-    contents = [(value, value.copy()) for _, _, value in held if isinstance(value, _CONTAINERS)]
+    contents = [(value, value.copy()) for _, _, value in held if type(value) in _CONTAINERS]
     try:
         for now, name, value in held:
             if type(value) is Tensor and not value.requires_grad:
