@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cgc_reg.images import fault, open_image
+from cgc_reg.images import ImageError, fault, open_image
 
 _Path: TypeAlias = "str | os.PathLike[str]"
 EXTENSIONS = (*IMG_EXTENSIONS, ".apng", ".avif", ".gif", ".jfif", ".jp2", ".jpe", ".pbm", ".pnm")
@@ -91,20 +91,20 @@ def check_images(paths: Iterable[_Path], *, threads: int | None = None) -> None:
         threads: how many files are read at a time; as many as there are processors if None.
 
     Raises:
-        ValueError: some cannot be read, as `cgc_reg.images.open_image` says; the message names the first five.
+        ImageError: some cannot be read, as `cgc_reg.images.open_image` says; the message names the first five.
 
     Example:
-        >>> check_images(["missing.png"])
+        >>> check_images(["0.png"])
         Traceback (most recent call last):
-        ValueError: the image missing.png cannot be read (No such file or directory); repair or remove it.
+        cgc_reg.images.ImageError: the image 0.png cannot be read (No such file or directory); repair or remove it.
     """
     faults = [(path, reason) for path, reason in _read_all(paths, threads or os.cpu_count() or 1) if reason is not None]
     if len(faults) == 1:
-        raise ValueError(f"the image {faults[0][0]} cannot be read ({faults[0][1]}); repair or remove it.")
+        raise ImageError(f"the image {faults[0][0]} cannot be read ({faults[0][1]}); repair or remove it.")
     if faults:
         listed = ", ".join(f"{path} ({reason})" for path, reason in faults[:5])
         more = f" and {len(faults) - 5} more" * (len(faults) > 5)
-        raise ValueError(f"{len(faults)} images cannot be read: {listed}{more}; repair or remove them.")
+        raise ImageError(f"{len(faults)} images cannot be read: {listed}{more}; repair or remove them.")
 
 
 def _read_all(paths: Iterable[_Path], threads: int) -> Iterator[tuple[_Path, str | None]]:

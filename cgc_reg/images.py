@@ -28,6 +28,10 @@ _EXPECTED = (SyntaxError, IndexError, TypeError, struct.error)
 _DAMAGED = (*_EXPECTED, OSError, EOFError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
+class ImageError(ValueError):
+    """An image file that cannot be read, and why."""
+
+
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image file as its viewer shows it, in mode RGB.
 
@@ -40,7 +44,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         The image, read to its end.
 
     Raises:
-        ValueError: the file is missing, damaged or no image; its pixels have no range that says what is white; or one
+        ImageError: the file is missing, damaged or no image; its pixels have no range that says what is white; or one
             side is more than 1000 times the other, so that resizing would make it huge.
 
     Example:
@@ -53,7 +57,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         return _read(path)
     except _DAMAGED as error:
-        raise ValueError(f"the image {path} cannot be read ({_reason(error)}); repair or remove it.") from None
+        raise ImageError(f"the image {path} cannot be read ({_reason(error)}); repair or remove it.") from None
 
 
 def fault(path: str | os.PathLike[str]) -> str | None:
@@ -105,7 +109,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     """
     deep = _deep_grey(image)
     if deep is not None:
-        return TF.to_pil_image((255 * deep).round().byte())  # type: ignore[no-any-return]
+        return TF.to_pil_image((255 * deep).round().byte())  # type: ignore[no-any-return]  # torchvision has no types
     image = _turned(image)
     mode = "L" if image.mode in _GREY else "RGB"
     if image.mode in _WITH_ALPHA or "transparency" in image.info:

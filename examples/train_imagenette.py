@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from cgc_reg import CGCRegularizer, Consistency, explain, suggest_target_layer  # CGC
 from cgc_reg.folders import check_images, image_folder  # CGC
+from cgc_reg.images import ImageError  # CGC
 from cgc_reg.visualization import gallery, pair_columns  # CGC
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -273,8 +274,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         train(args)
-    except InputError as error:  # one from a loader's worker comes after its traceback
-        raise SystemExit(f"error: {str(error).strip().rpartition('InputError: ')[2]}") from None
+    except (InputError, ImageError) as error:  # CGC, was: except InputError as error:
+        # One from a loader's worker comes after its traceback.
+        raise SystemExit(f"error: {str(error).strip().rpartition('Error: ')[2]}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"\nInterrupted: {args.out} keeps all finished epochs; continue with --resume.") from None
 

@@ -247,6 +247,15 @@ def test_unreadable_images_are_named_before_the_first_epoch(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_is_damaged_while_training_is_named(tmp_path, capsys, monkeypatch, workers):
+    folder = write_images(tmp_path / "images")
+    broken = folder / "train" / "n01440764" / "0.JPEG"
+    monkeypatch.setattr(train_imagenette, "check_images", lambda paths: broken.write_bytes(b"not an image"))
+    message = refused(capsys, "--data", folder, "--out", tmp_path / "run", "--workers", workers)
+    assert message.startswith(f"error: the image {broken} cannot be read (")
+
+
 def test_a_resumed_run_does_not_read_every_image_first(folder, whole, monkeypatch):
     monkeypatch.setattr(train_imagenette, "check_images", pytest.fail)
     run("--data", folder, "--out", whole[0], "--resume")
