@@ -24,7 +24,7 @@ DEMO = (
 )
 COMMANDS = {
     "demo": [DEMO],
-    "test": ["-m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"],
+    "test": ["-m pytest -n auto --maxprocesses 4 --dist loadfile"],
     "lint": ["-m ruff check .", "-m ruff format --check .", "-m mypy"],
 }
 
