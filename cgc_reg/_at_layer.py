@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,6 @@ class AtLayer:
     _: KW_ONLY
     output_fn: Callable[[Any], Tensor] | None = None
     reshape_transform: Callable[[Tensor], Tensor] | None = None
-
-    _reads_weights: ClassVar[bool] = False  # of linear layers
 
     def __post_init__(self) -> None:
         layer = self.target_layer
@@ -121,7 +119,7 @@ class AtLayer:
                 "`target_layer` must be named to reuse passes, since the layer is watched from the first one on; got "
                 "None. Pass `suggest_target_layer(model, x)`."
             )
-        return keep_passes(model, self.target_layer, weights=self._reads_weights)
+        return keep_passes(model, self.target_layer)
 
     def reuses(self, model: nn.Module, x: Tensor) -> bool:
         """Tell whether a pass over x is there to be reused."""

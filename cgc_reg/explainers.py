@@ -6,8 +6,7 @@ They are values: they hold names and functions, and neither a model nor a tensor
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from cgc_reg.model.checkpoints import has_reentrant_checkpoint
 from cgc_reg.model.compilation import compiled_exposed_layer, uncompiled, warn_if_compiled
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.gradient import score_gradient
-from cgc_reg.model.head import head_weight, used_weights
+from cgc_reg.model.head import head_weight
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.maps import activation_maps, as_maps
 from cgc_reg.model.measure import as_without_gradients
@@ -218,7 +217,6 @@ class CAM(AtLayer):
     """
 
     head: str | None = field(default=None, kw_only=True)
-    _reads_weights: ClassVar[bool] = True
 
     @override
     def __post_init__(self) -> None:
@@ -239,9 +237,7 @@ class CAM(AtLayer):
     def _pass(self, model: nn.Module, x: Tensor) -> ForwardPass:
         exposed = compiled_exposed_layer(model)
         if exposed is None:
-            with used_weights(unwrap(model)) as weights:
-                made = super()._pass(model, x)
-            return made if made.weights else replace(made, weights=weights)
+            return super()._pass(model, x)
         name, _ = find_layer(unwrap(model), self._layer)
         if name != find_layer(unwrap(model), exposed.target_layer)[0]:
             raise ValueError(

@@ -415,15 +415,16 @@ REBUILT = {
 }
 
 
+@pytest.mark.parametrize("opener", ["class_activation", "grad_cam"])
 @pytest.mark.parametrize("rebuild", REBUILT.values(), ids=REBUILT)
-def test_the_heads_weight_is_the_one_that_the_pass_used(rebuild):
+def test_the_heads_weight_is_the_one_that_the_pass_used(rebuild, opener):
     model, twin = nets = relu_net(), relu_net()
     twin.load_state_dict(model.state_dict())
     for net in nets:
         torch.manual_seed(0)
         rebuild(net.head)
     reg = regularizer(heatmap="class_activation")
-    with reg.reuse(model):
+    with regularizer(heatmap=opener).reuse(model):
         logits = model(X)
         with torch.no_grad():
             model.eval()(X + 1)  # where spectral norm moves nothing

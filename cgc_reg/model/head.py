@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -16,9 +16,7 @@ Weights = Mapping[nn.Module, Tensor]
 
 @contextmanager
 def used_weights(model: nn.Module) -> Iterator[Weights]:
-    """Keep the weight that each linear layer uses in the pass that is made inside this context.
-
-    Pruning, and weight and spectral norm, make it anew in each pass: after a later one it is another tensor.
+    """Keep the weights that linear layers make anew in the pass that is made inside this context.
 
     Args:
         model: not wrapped.
@@ -29,14 +27,14 @@ def used_weights(model: nn.Module) -> Iterator[Weights]:
         used[module] = weight_in_use(module)
 
     with ExitStack() as hooks:
-        for module in linear_layers(model):
+        for module in with_weights_of_a_pass(model):
             hooks.callback(module.register_forward_hook(keep).remove)
         yield used
 
 
-def linear_layers(model: nn.Module) -> list[nn.Module]:
-    """List what may be a head."""
-    return [module for module in model.modules() if _is_linear(module)]
+def with_weights_of_a_pass(model: nn.Module) -> list[nn.Module]:
+    """List the linear layers whose weight is no parameter: pruning, weight and spectral norm make it in each pass."""
+    return [module for module in model.modules() if _is_linear(module) and "weight" not in module._parameters]
 
 
 def weight_in_use(module: nn.Module) -> Tensor:
@@ -55,7 +53,7 @@ def head_weight(model: nn.Module, name: str | None, *, channels: int, classes: i
         model: not wrapped.
         name: dotted name of the head; None for the only layer that fits.
         channels, classes: what the head must lead from and to.
-        used: of :func:`used_weights`; what is not in it is read as it is now.
+        used: of :func:`used_weights`; what is not in it is the same after the pass.
     """
     modules = dict(model.named_modules())
     if name is None:
@@ -86,17 +84,15 @@ def head_weight(model: nn.Module, name: str | None, *, channels: int, classes: i
     return used.get(head, weight).flatten(1)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     return isinstance(module, nn.Linear) or (
         isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
     )
 
 
 def _leads(module: nn.Module, channels: int, classes: int) -> bool:
+    if not _is_linear(module):
+        return False
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features) == (classes, channels)
-    return (
-        isinstance(module, nn.Conv2d)
-        and _is_linear(module)
-        and (module.out_channels, module.in_channels) == (classes, channels)
-    )
+    return (module.out_channels, module.in_channels) == (classes, channels)

@@ -13,7 +13,7 @@ from cgc_reg._precision import without_autocast_cache
 from cgc_reg.model.capture import Capture, capture
 from cgc_reg.model.compilation import uncompiled, warn_if_compiled
 from cgc_reg.model.frozen import check_frozen_block
-from cgc_reg.model.head import Weights
+from cgc_reg.model.head import Weights, used_weights
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.outputs import OutputFunction, find_logits
@@ -31,7 +31,7 @@ class ForwardPass:
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
     output: Any  # what the model returned
-    weights: Weights = field(default_factory=dict)  # of linear layers, as the pass used them; where they were kept
+    weights: Weights = field(default_factory=dict)  # of linear layers that make theirs in each pass
 
 
 def forward_pass(
@@ -71,6 +71,7 @@ def _run(
     with (
         nullcontext() if torch.is_grad_enabled() else without_autocast_cache(),
         uncompiled(model),
+        used_weights(inner) as weights,
         capture(inner, target_layer) as kept,
         ExitStack() as hook,
     ):
@@ -81,7 +82,8 @@ def _run(
         # Also here gradients are on: `output_fn` may compute something.
         logits = find_logits(output, output_fn, len(x))
         inner_logits = logits if parallel is None else find_logits(inner_outputs[0], output_fn, len(x))
-    return ForwardPass(logits, inner_logits, kept.target_layer, kept.output, kept.channels_last, output), kept
+    made = ForwardPass(logits, inner_logits, kept.target_layer, kept.output, kept.channels_last, output, weights)
+    return made, kept
 
 
 def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: OutputFunction | None) -> ForwardPass:

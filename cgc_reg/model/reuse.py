@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.compilation import is_compiled
-from cgc_reg.model.head import linear_layers, weight_in_use
+from cgc_reg.model.head import weight_in_use, with_weights_of_a_pass
 from cgc_reg.model.hooks import forward_hook, forward_pre_hook
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.outputs import OutputFunction, find_logits
@@ -71,7 +71,7 @@ class KeptPasses:
         return output.clone()
 
     def keep_weight(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the weight of a linear layer."""
+        """Keep the weight that a linear layer has made."""
         if self.going is not None:
             self.going.weights[module] = weight_in_use(module)
 
@@ -147,7 +147,7 @@ def _versions(output: Any) -> list[int]:
 
 
 @contextmanager
-def keep_passes(model: nn.Module, target_layer: str | nn.Module, *, weights: bool = False) -> Iterator[None]:
+def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[None]:
     """Keep each pass of the model that can be reused: over one tensor, with a graph below and above the layer.
 
     A compiled model is left alone, since hooks would make it compile again; so are passes without gradients, with
@@ -156,7 +156,6 @@ def keep_passes(model: nn.Module, target_layer: str | nn.Module, *, weights: boo
     Args:
         model: wrapped or not.
         target_layer: dotted name in the unwrapped model, or the layer itself.
-        weights: whether to keep the weights of linear layers too, see :func:`used_weights`.
     """
     kept = KeptPasses(model, target_layer)
     if is_compiled(model):
@@ -165,7 +164,7 @@ def keep_passes(model: nn.Module, target_layer: str | nn.Module, *, weights: boo
     with kept.above_the_layer, ExitStack() as hooks:
         hooks.enter_context(forward_pre_hook(model, kept.begin))
         hooks.enter_context(forward_hook(kept.layer, kept.keep))
-        for module in linear_layers(kept.inner) if weights else ():
+        for module in with_weights_of_a_pass(kept.inner):
             hooks.enter_context(forward_hook(module, kept.keep_weight))
         hooks.enter_context(forward_hook(kept.inner, kept.end_inside))
         hooks.enter_context(forward_hook(model, kept.end))
