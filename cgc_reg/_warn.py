@@ -7,11 +7,24 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 # What stands between that line and a warning: this package, torch's call of a module, a context manager's generator.
 _BETWEEN = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
+
+# What was said of a model.
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(message: str, model: nn.Module) -> None:
+    """Warn at the line that called into this package, unless this was said of the model before."""
+    said = _SAID.setdefault(model, set())
+    if message not in said:
+        said.add(message)
+        warn(message)
 
 
 def warn(message: str) -> None:

@@ -70,7 +70,7 @@ def messages():
     for path in sorted((ROOT / "cgc_reg").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             call = node.exc if isinstance(node, ast.Raise) else getattr(node, "value", None)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warn":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warn", "warn_once"):
                 call = node
             elif not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith("Error"):
                 continue

@@ -152,7 +152,8 @@ def test_a_forward_that_writes_what_is_trained_is_warned_of_once(bn_mode):
             return self.head(self.features(x).mean(dim=(2, 3)))
 
     model = Net()
-    model.features, model.head = encoder(), Limited(8, 5)
+    model.again = model.features = encoder()  # a module under two names
+    model.head = Limited(8, 5)
     reg = CGCRegularizer("features", bn_mode=bn_mode)
     with pytest.warns(UserWarning, match=r"writes the parameter 'head\.weight', .*: it is trained"):
         reg(model, X.float())
@@ -162,9 +163,6 @@ def test_a_forward_that_writes_what_is_trained_is_warned_of_once(bn_mode):
 
 
 def test_frozen_parameters_are_lent_once_where_they_are_shared():
-    model = nn.Sequential(encoder().requires_grad_(False), nn.Conv2d(8, 8, 1))
-    model[0][3].weight = nn.Parameter(torch.randn(8, 6, 3, 3), requires_grad=False)
-
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -334,3 +332,38 @@ def test_a_container_that_cannot_be_emptied_is_left_alone():
     model.output = Sealed(logits=1)
     CGCRegularizer("features")(model, X)
     assert model.output == {"logits": 1}
+
+
+class Growing(nn.Module):
+    """Makes its head in its first forward, as long as a flag says that there is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.grown = nn.Sequential(nn.Conv2d(3, 6, 3)), False
+
+    def forward(self, x):
+        features = self.features(x).mean(dim=(2, 3))
+        if not self.grown:
+            self.head, self.scale = nn.Linear(6, 5), nn.Parameter(torch.ones(5))
+            self.grown = True
+        return self.head(features) * self.scale
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: explain(model, X.float(), "features"),
+        lambda model: suggest_target_layer(model, X.float()),
+        lambda model: CGCRegularizer("features")(model, X.float()),
+    ],
+    ids=["explain", "suggest", "call"],
+)
+def test_parts_that_a_forward_makes_are_made_by_the_loops_own_pass(look):
+    model = Growing()
+    look(model)
+    assert dict(model.named_children()).keys() == {"features"}
+    assert dict(model.named_parameters()).keys() == {"features.0.weight", "features.0.bias"}
+    model(X.float())
+    head = model.head
+    look(model)
+    assert model.head is head

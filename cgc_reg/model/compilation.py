@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
-from cgc_reg._warn import warn
+from cgc_reg._warn import warn_once
 from cgc_reg.model.settings import attribute
 from cgc_reg.model.wrappers import ExposedLayer, holds_original, inside_data_parallel, unwrap
-
-# Models that were warned of.
-_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
 def warn_if_compiled(model: nn.Module) -> None:
     """Warn, once for each model, that what is compiled of it runs as written."""
-    if unwrap(model) not in _WARNED and is_compiled(model):
-        _WARNED.add(unwrap(model))
-        warn(
+    if is_compiled(model):
+        warn_once(
             "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook "
             "that was added after its first call. Passes for heatmaps run through the original, uncompiled module: "
-            "they give the same numbers at the speed of eager mode. For `CAM`, `expose_layer` keeps the compiled graph."
+            "they give the same numbers at the speed of eager mode. For `CAM`, `expose_layer` keeps the compiled "
+            "graph.",
+            unwrap(model),
         )
 
 

@@ -6,24 +6,21 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
-from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from cgc_reg._warn import warn
+from cgc_reg._warn import warn_once
 from cgc_reg.model.settings import attribute
 
 BatchNormMode = Literal["preserve", "update", "eval"]
 
-# What every module has, and no forward sets.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# What every module has, and no forward sets: its hooks.
+_HOOKS = frozenset(vars(nn.Module())) - {"_buffers", "_modules", "_parameters"}
 # Exactly these: classes of their own, such as the outputs of transformers, may refuse to be emptied.
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _LAZY = (UninitializedParameter, UninitializedBuffer)
-# Models that were warned of.
-_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -48,7 +45,7 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
     """
     modules = list(model.modules())
     tensors = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
-    parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+    parameters = [each for module in modules for each in module._parameters.values() if each is not None]  # see `_name`
     if any(type(tensor) in _LAZY for tensor in tensors):
         raise RuntimeError(
             "`model` must be initialised by a pass of its own before one that leaves it as it was; got one whose lazy "
@@ -73,16 +70,16 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
                     copies[tensor] = _copy(tensor)
                 stack.enter_context(attribute(module, name, copies[tensor]))
         yield changed
-    if [_version(parameter) for parameter in parameters] != versions and model not in _WARNED:
-        _WARNED.add(model)
-        now = {id(each): _version(each) != was for each, was in zip(parameters, versions, strict=True)}
-        written = next(name for name, parameter in model.named_parameters() if now.get(id(parameter)))
-        warn(
-            f"The model's forward writes the parameter {written!r}, and an extra pass has written it once more than "
-            "the loop does: it is trained, or the forward reaches it by another way than its module. That is harmless "
-            "where a second time changes nothing, as with a limit on norms; else move it out of the forward, into the "
-            "loop."
-        )
+    for at, was in enumerate(versions):
+        if _version(parameters[at]) != was:
+            warn_once(
+                f"The model's forward writes the parameter {_name(model, at)!r}, and an extra pass has written it once "
+                "more than the loop does: it is trained, or the forward reaches it by another way than its module. "
+                "That is harmless where a second time changes nothing, as with a limit on norms; else move it out of "
+                "the forward, into the loop.",
+                model,
+            )
+            return
 
 
 def norms_in_training(model: nn.Module) -> int:
@@ -94,12 +91,14 @@ def norms_in_training(model: nn.Module) -> int:
 def _attributes(modules: list[nn.Module], *, with_buffers: bool) -> Iterator[None]:
     """Set back what a forward stores in attributes of modules, and in the containers and tensors that these hold.
 
+    Among the containers are those of a module's own parts, to which a forward may add some.
+
     Args:
         modules: of the model.
         with_buffers: whether buffers that the forward adds go too.
     """
     before = [(vars(module), dict(vars(module))) for module in modules]
-    own = _OF_EVERY_MODULE - {"_buffers"} if with_buffers else _OF_EVERY_MODULE
+    own = _HOOKS if with_buffers else _HOOKS | {"_buffers"}
     held = [(now, name, value) for now, values in before for name, value in values.items() if name not in own]
     contents = [(value, value.copy()) for _, _, value in held if type(value) in _CONTAINERS]
     try:
@@ -115,6 +114,13 @@ def _attributes(modules: list[nn.Module], *, with_buffers: bool) -> Iterator[Non
         for value, content in contents:
             value.clear()
             (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+
+
+def _name(model: nn.Module, at: int) -> str:
+    """Return the name of the parameter at a place in the order of `left_as_found`."""
+    modules = model.named_modules()
+    names = [f"{of}.{name}" for of, module in modules for name, each in module._parameters.items() if each is not None]
+    return names[at].removeprefix(".")
 
 
 def _can_be_lent(parameter: Tensor) -> bool:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
-from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cgc_reg._checks import describe
-from cgc_reg._warn import warn
+from cgc_reg._warn import warn_once
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.settings import attribute
-
-# Models that were warned of.
-_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
 class ExposedLayer(nn.Module):
@@ -106,12 +102,12 @@ def inside_data_parallel(model: nn.Module) -> nn.Module:
 
 def warn_if_one_device(model: nn.Module) -> None:
     """Warn, once for each model, that DataParallel's other devices have nothing to do."""
-    if isinstance(model, DataParallel) and len(model.device_ids) > 1 and model.module not in _WARNED:
-        _WARNED.add(model.module)
-        warn(
+    if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        warn_once(
             f"The model is in DataParallel over {len(model.device_ids)} devices, and passes for heatmaps run on one: "
             "its copies of a model last for one pass, and heatmaps need a graph in the model itself. Take "
-            "DistributedDataParallel, which uses all."
+            "DistributedDataParallel, which uses all.",
+            model,
         )
 
 
