@@ -121,6 +121,8 @@ def test_what_has_no_second_derivative_is_named_before_the_backward(operation, n
     model = Behind(operation)
     with pytest.raises(RuntimeError, match=rf"(?s)must have a second derivative.*'features', and behind it: .*{name}"):
         step(model)
+    with pytest.raises(RuntimeError, match="must have a second derivative"):
+        step(model)  # who tries again is told again
     explain(model, X, "features")  # needs none
     with torch.no_grad():
         step(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cgc_reg._checks import describe
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.given import ordinary
-from cgc_reg.model.layers import find_layer, is_channels_last
+from cgc_reg.model.layers import KEEP_BLOCKS_WHOLE, find_layer, is_channels_last
 from cgc_reg.model.own import own_pass
 
 
@@ -24,7 +24,7 @@ class Capture:
     channels_last: bool  # whether the output looks like (n, h, w, c)
     without_gradients: bool  # whether gradients were off there, which they are not from there on
     called = False
-    called_elsewhere = False  # in a pass of another thread
+    called_elsewhere = False  # outside of this pass
 
 
 @contextmanager
@@ -104,11 +104,8 @@ def _not_called(kept: Capture, layer: nn.Module) -> RuntimeError:
             "It ran in another thread, which may be the loop's. If the forward starts that thread, let it run the "
             "layer by `contextvars.copy_context().run(layer, x)`, with the context copied in the forward."
         )
-    elif type(layer) is nn.Module:
-        repair = (
-            "Where torch.fx traced the model, it calls what is inside a layer: trace it with its blocks whole, such as "
-            'by `create_feature_extractor(..., tracer_kwargs={"leaf_modules": [BasicBlock]})`, and name the last block.'
-        )
+    elif type(layer) is nn.Module:  # what torch.fx leaves of one, whose parts it calls
+        repair = KEEP_BLOCKS_WHOLE
     elif isinstance(layer, nn.Sequential) and parts:  # as timm's gradient checkpointing calls one
         last = f"{kept.target_layer}.{parts[-1]}"
         repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."

@@ -48,6 +48,13 @@ def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn
     )
 
 
+# What to do where torch.fx traced a model, and no layer is left that its blocks were.
+KEEP_BLOCKS_WHOLE = (
+    "Where torch.fx traced the model, trace it with its blocks whole, such as by "
+    '`create_feature_extractor(..., tracer_kwargs={"leaf_modules": [BasicBlock]})`, and name the last block.'
+)
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a sentence with the names that look like one; nothing if none does."""
     return did_you_mean_any(difflib.get_close_matches(name, names, n=3, cutoff=0.5))

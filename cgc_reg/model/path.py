@@ -34,8 +34,8 @@ def look_at_path(model: nn.Module, made: ForwardPass, heatmap: Tensor, *, of_map
     looked_at, here = _LOOKED_AT.setdefault(model, set()), (made.target_layer, norms_in_training(model))
     if here in looked_at:
         return
+    _check_second_derivative(made, heatmap)  # an error each time, not the first alone
     looked_at.add(here)
-    _check_second_derivative(made, heatmap)
     _warn_if_images_mix(made)
     if of_maps:
         _warn_if_bypassed(made)

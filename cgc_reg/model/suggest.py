@@ -15,7 +15,7 @@ from cgc_reg._precision import without_autocast_cache
 from cgc_reg.model.compilation import uncompiled
 from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.graph import node_of, nodes
-from cgc_reg.model.layers import is_channels_last, without_compilers
+from cgc_reg.model.layers import KEEP_BLOCKS_WHOLE, is_channels_last, without_compilers
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.own import own_pass
 from cgc_reg.model.settings import evaluation_mode
@@ -72,9 +72,8 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
             return without_compilers(each.name)
     raise ValueError(
         f"`model` must have a layer through which all goes that leads to the logits; got {maps[-1].name!r} as the last "
-        f"map, which a branch goes around, in {got}. Name the layer in which the branches meet. Where torch.fx traced "
-        "the model, that is no layer any more: trace it with its blocks whole, such as by "
-        '`create_feature_extractor(..., tracer_kwargs={"leaf_modules": [BasicBlock]})`.'
+        f"map, which a branch goes around, in {got}. Name the layer in which the branches meet. "
+        f"{KEEP_BLOCKS_WHOLE}"
     )
 
 
