@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, gradients, relu_net
+from networks import GapNet, assert_same, gradients, relu_net
 from strategies import generator
 from torch import nn
 from torchvision import tv_tensors
@@ -119,7 +119,7 @@ def test_looking_takes_them_too(kind):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_model_may_make_them_itself(frozen):
-    class Wrapping(type(relu_net())):
+    class Wrapping(GapNet):
         def forward(self, x):
             return super().forward(x.as_subclass(Chained)).as_subclass(torch.Tensor)
 

@@ -25,7 +25,7 @@ from tests.pages import run_blocks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what is deprecated in torch and pandas, which it uses when it is imported
-    import fastai.vision.all  # noqa: F401
+    import fastai.vision.all  # noqa: F401 - only so that the recipe finds it imported
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 PAGE = FOLDER / "README.md"

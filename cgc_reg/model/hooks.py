@@ -53,17 +53,17 @@ def forward_pre_hook(module: nn.Module, run: Callable[..., Any]) -> Iterator[Non
 @contextmanager
 def _hooked(module: nn.Module, handle: RemovableHandle) -> Iterator[None]:
     of = type(module)
+    with _LOCK:
+        _HOOKED[of] += 1
+        copyreg.pickle(of, _without_our_hooks)
     try:
-        with _LOCK:
-            _HOOKED[of] += 1
-            copyreg.pickle(of, _without_our_hooks)
         yield
     finally:
         handle.remove()
         with _LOCK:
             _HOOKED[of] -= 1
             if not _HOOKED[of]:
-                copyreg.dispatch_table.pop(of, None)
+                del _HOOKED[of], copyreg.dispatch_table[of]
 
 
 def _without_our_hooks(module: nn.Module) -> tuple[Any, ...]:
