@@ -16,8 +16,8 @@ from cgc_reg.model.settings import attribute
 
 BatchNormMode = Literal["preserve", "update", "eval"]
 
-# What every module has, and no forward sets: its hooks.
-_HOOKS = frozenset(vars(nn.Module())) - {"_buffers", "_modules", "_parameters"}
+# What every module has, and is not set back as a whole: its hooks and its parameters.
+_OWN = frozenset(vars(nn.Module())) - {"_buffers", "_modules"}
 # Exactly these: classes of their own, such as the outputs of transformers, may refuse to be emptied.
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _LAZY = (UninitializedParameter, UninitializedBuffer)
@@ -91,14 +91,16 @@ def norms_in_training(model: nn.Module) -> int:
 def _attributes(modules: list[nn.Module], *, with_buffers: bool) -> Iterator[None]:
     """Set back what a forward stores in attributes of modules, and in the containers and tensors that these hold.
 
-    Among the containers are those of a module's own parts, to which a forward may add some.
+    Among the containers are those of a module's own parts, to which a forward may add some. Parameters that were there
+    stay as the forward left them: FSDP puts the gathered ones in place of a process's shares, and knows that it did.
 
     Args:
         modules: of the model.
         with_buffers: whether buffers that the forward adds go too.
     """
     before = [(vars(module), dict(vars(module))) for module in modules]
-    own = _HOOKS if with_buffers else _HOOKS | {"_buffers"}
+    parameters = [(module._parameters, set(module._parameters.keys())) for module in modules]
+    own = _OWN if with_buffers else _OWN | {"_buffers"}
     held = [(now, name, value) for now, values in before for name, value in values.items() if name not in own]
     contents = [(value, value.copy()) for _, _, value in held if type(value) in _CONTAINERS]
     try:
@@ -111,6 +113,9 @@ def _attributes(modules: list[nn.Module], *, with_buffers: bool) -> Iterator[Non
             for name in now.keys() - values.keys():
                 del now[name]
             now.update(values)
+        for made, names in parameters:
+            for name in set(made.keys()) - names:
+                del made[name]
         for value, content in contents:
             value.clear()
             (value.extend if isinstance(value, (list, deque)) else value.update)(content)
