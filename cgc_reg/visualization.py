@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cgc_reg.regularizer import CGCOutput
 
 COLORMAP = "turbo"
+GAP = 0.04  # between two images of a column, in widths of one
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -157,16 +158,21 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"`columns` must hold tensors of one length, at least 1; got lengths {sorted(lengths)}.")
     (rows,) = lengths
-    figure = Figure(figsize=(1.7 * len(columns) + 0.2, 1.7 * rows + (0.9 if title else 0.5)), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (name, tensor) in enumerate(columns.items()):
+    tallest = max(tensor.shape[-2] / tensor.shape[-1] for tensor in columns.values())  # in widths of a column
+    size = (1.7 * len(columns) + 0.2, 1.7 * tallest * rows + (0.9 if title else 0.5))
+    figure = Figure(figsize=size, layout="constrained")
+    # One axis a column: with one an image, matplotlib takes ten times as long.
+    for axis, (name, tensor) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
         images = _colorize(tensor, None) if tensor.ndim == 3 else tensor.detach().float().cpu().clamp(0, 1)
         if images.shape[1] == 1:  # which matplotlib would colour
             images = images.expand(-1, 3, -1, -1)
-        for row in range(rows):
-            axes[row, column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[row, column].set_axis_off()
-        axes[0, column].set_title(name, fontsize=9)
+        half = images.shape[2] / images.shape[3] / 2
+        for row, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+            middle = tallest / 2 + row * (tallest + GAP)
+            axis.imshow(image, interpolation="nearest", extent=(0, 1, middle + half, middle - half))
+        axis.set(xlim=(0, 1), ylim=(rows * (tallest + GAP) - GAP, 0))
+        axis.set_axis_off()
+        axis.set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

@@ -47,17 +47,15 @@ def test_benchmark_compares_a_row_with_the_one_it_goes_beside(capsys):
 
 def test_benchmark_takes_memory_from_a_process_of_its_own():
     args = benchmark.parse_args(SMALL_BENCHMARK)
-    sizes = benchmark.sizes_of(args)
-    small, large = (benchmark.memory_of(args, json.dumps({**sizes, "batch_size": n})) for n in (2, 64))
-    assert 0 < small < large
-    assert benchmark.memory_of(args, "`reg.compute`") > 0
+    parts = json.dumps({**benchmark.sizes_of(args), "batch_size": 2})
+    assert 0 < benchmark.memory_of(args, parts) < benchmark.memory_of(args, "`reg.compute`")
 
 
 def test_benchmark_runs_steps_in_several_processes(capsys):
     args = benchmark.parse_args(SMALL_BENCHMARK)
-    found = benchmark.measure_processes(args, (1, 2))
+    found = benchmark.measure_processes(args, (2,))
     table = benchmark.processes_table(found)
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| 1", "| 2"]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| 2"]
     assert all(value > 0 for one in found.values() for value in one.values())
 
 

@@ -250,6 +250,7 @@ def test_interrupt_keeps_the_last_finished_epoch_and_says_so(folder, tmp_path):
     assert kept, errors
     assert "Traceback" not in errors
     assert len(checkpoint(out / "cgc" / "last.pt")["history"]) == int(kept[1])
+    assert (out / "cgc" / "curves.png").exists()
 
 
 def test_bad_input_is_one_sentence(folder, tmp_path, capsys):

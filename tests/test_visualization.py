@@ -68,24 +68,43 @@ def test_pair_columns_are_what_was_compared(compared):
     assert {name: len(column) for name, column in pair_columns(x, out, count=3).items()} == dict.fromkeys(columns, 3)
 
 
+def shown(axis, row):
+    return torch.from_numpy(axis.images[row].get_array().data)
+
+
 def test_gallery_has_a_titled_column_for_each_tensor(compared, tmp_path):
     x, out = compared
     columns = pair_columns(x, out)
     figure = gallery(columns, title="a title")
-    assert len(figure.axes) == len(x) * len(columns)
-    assert [axis.get_title() for axis in figure.axes[: len(columns)]] == list(columns)
-    shown = torch.from_numpy(figure.axes[len(columns)].images[0].get_array().data)
-    torch.testing.assert_close(shown, x[1].permute(1, 2, 0))
+    assert [axis.get_title() for axis in figure.axes] == list(columns)
+    assert [len(axis.images) for axis in figure.axes] == [len(x)] * len(columns)
+    torch.testing.assert_close(shown(figure.axes[0], 1), x[1].permute(1, 2, 0))
     figure.savefig(tmp_path / "gallery.png")
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size == tuple((figure.get_size_inches() * figure.dpi).astype(int))
 
 
+def test_rows_of_a_gallery_stand_side_by_side_each_image_in_its_own_shape():
+    columns = {"wide": torch.rand(3, 3, 4, 6), "square": torch.rand(3, 5, 5), "tall": torch.rand(3, 3, 8, 2)}
+    axes = gallery(columns).axes
+    for axis, column in zip(axes, columns.values(), strict=True):
+        extents = [image.get_extent() for image in axis.images]
+        assert {(left, right) for left, right, _, _ in extents} == {axis.get_xlim()} == {(0, 1)}
+        for _, _, bottom, top in extents:
+            assert bottom - top == pytest.approx(column.shape[-2] / column.shape[-1])
+    *_, tall = axes
+    for i in range(3):
+        middles = [sum(axis.images[i].get_extent()[2:]) / 2 for axis in axes]
+        assert middles == pytest.approx(middles[:1] * 3)
+    edges = [edge for image in tall.images for edge in image.get_extent()[:1:-1]]
+    assert edges == sorted(edges)
+    assert tall.get_ylim() == pytest.approx((edges[-1], edges[0]))
+
+
 def test_gallery_shows_grey_images_grey():
     grey = torch.rand(2, 1, 5, 6)
     figure = gallery({"grey": grey})
-    shown = torch.from_numpy(figure.axes[1].images[0].get_array().data)
-    torch.testing.assert_close(shown, grey[1, 0, :, :, None].expand(-1, -1, 3))
+    torch.testing.assert_close(shown(figure.axes[0], 1), grey[1, 0, :, :, None].expand(-1, -1, 3))
 
 
 def test_similarity_matrix_shows_the_cosine_of_each_pair():
@@ -93,12 +112,12 @@ def test_similarity_matrix_shows_the_cosine_of_each_pair():
     key.data[2] = 0  # a blank map resembles none
     figure = similarity_matrix(query, key)
     axis, bar = figure.axes
-    shown = axis.images[0].get_array()
+    cosines = axis.images[0].get_array()
     for i in range(5):
         for j in range(5):
             expected = F.cosine_similarity(query[i].flatten(), key[j].flatten(), dim=0).item()
-            assert shown[i, j] == pytest.approx(expected, abs=1e-6)
-    assert shown.diagonal().mean() == pytest.approx(float(axis.get_title().split()[2].rstrip(",")), abs=0.005)
+            assert cosines[i, j] == pytest.approx(expected, abs=1e-6)
+    assert cosines.diagonal().mean() == pytest.approx(float(axis.get_title().split()[2].rstrip(",")), abs=0.005)
     assert "query" in axis.get_ylabel()
     assert "key" in axis.get_xlabel()
     assert "cosine" in bar.get_ylabel()

@@ -5,7 +5,7 @@
     python -m lab train --data DIR --labeled-fraction 0.1
     torchrun --nproc_per_node 2 -m lab train                           # in two processes
 
-Each epoch goes to metrics.csv, curves.png and checkpoints in --out; the end prints a table and draws gallery.png.
+Each epoch goes to metrics.csv and checkpoints in --out; the end draws curves.png, prints a table and draws gallery.png.
 """
 
 from __future__ import annotations
@@ -139,6 +139,9 @@ def train(args: argparse.Namespace, data: Data, lam: float, out: Path) -> Run:
             f"{out / 'last.pt'} holds epoch {saved}; continue with --resume" if saved else "there is no checkpoint yet"
         )
         raise SystemExit(f"\nInterrupted: {kept}.") from None
+    finally:
+        if run.history and processes.is_writer():
+            write_figure(out / "curves.png", curves(run.history, PANELS))
     return run
 
 
@@ -148,7 +151,6 @@ def write_epoch(out: Path, history: list[dict[str, float]], state: dict[str, Any
     if history[-1].get("val_top1", -1.0) >= best:
         save_checkpoint(out / "best.pt", state)
     write_history(out / "metrics.csv", history)
-    write_figure(out / "curves.png", curves(history, PANELS))
 
 
 def say_resumed(out: Path, made: int, epochs: int) -> None:
