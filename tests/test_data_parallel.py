@@ -4,6 +4,7 @@ Every training runs in one set of processes, started once; each process writes w
 """
 
 import contextlib
+import functools
 import itertools
 import warnings
 
@@ -90,6 +91,10 @@ TRAININGS = [
 ]
 
 
+# With three processes sums have an order of their own, whatever the wrapper.
+OF_WORLD = {2: TRAININGS, 3: [training for training in TRAININGS if training[1] == "default"]}
+
+
 def first(output):
     return output[0] if isinstance(output, tuple) else output
 
@@ -153,7 +158,7 @@ def unequal(rank, **options):
 
 def work(rank):
     world = torch.distributed.get_world_size()
-    results = {training: ddp(rank, *training) for training in TRAININGS}
+    results = {training: ddp(rank, *training) for training in OF_WORLD[world]}
     results["compiled"] = compiled_ddp(rank)
     results["unequal"] = unequal(rank)
     results["sharded"] = {loop: sharded(rank, world, loop) for loop in SHARDED_LOOPS}
@@ -165,14 +170,22 @@ def work(rank):
     return results
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def results(request, tmp_path_factory):
-    return gloo.run(work, request.param, tmp_path_factory.mktemp(f"{request.param}-processes"))
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return a function from the number of processes to what they got, which starts them once."""
+    return functools.cache(lambda world: gloo.run(work, world, tmp_path_factory.mktemp(f"{world}-processes")))
 
 
-@pytest.mark.parametrize("training", [*TRAININGS, "compiled"], ids=str)
-def test_all_processes_end_with_one_model_that_has_learned(results, training):
-    ends = [result[training] for result in results]
+worlds = pytest.mark.parametrize("world", WORLDS)
+
+
+@pytest.mark.parametrize(
+    ("world", "training"),
+    [(world, training) for world in WORLDS for training in [*OF_WORLD[world], "compiled"]],
+    ids=str,
+)
+def test_all_processes_end_with_one_model_that_has_learned(results, world, training):
+    ends = [result[training] for result in results(world)]
     assert "error" not in ends[0], ends[0]["error"]
     for end in ends[1:]:
         # Three processes add up in an order of their own.
@@ -180,29 +193,32 @@ def test_all_processes_end_with_one_model_that_has_learned(results, training):
     assert not torch.equal(ends[0]["features.0.weight"], network(nn.BatchNorm2d).features[0].weight)
 
 
+@worlds
 @pytest.mark.parametrize("how", ["sharded", "sharded in parts"])
 @pytest.mark.parametrize("loop", SHARDED_LOOPS)
-def test_sharded_training_is_that_of_one_process_with_the_whole_batch(results, how, loop):
+def test_sharded_training_is_that_of_one_process_with_the_whole_batch(results, world, how, loop):
     model = network()
-    share = slice(0, BATCH * len(results))
+    share = slice(0, BATCH * world)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
         LOOPS[loop](model, share, heatmap="class_activation").backward()
         optimizer.step()
-    for result in results:
+    for result in results(world):
         assert "error" not in result[how][loop], result[how][loop]["error"]
         torch.testing.assert_close(result[how][loop], dict(model.named_parameters()))
 
 
-def test_what_a_sharded_model_cannot_do_is_refused_in_every_process(results):
-    for result in results:
+@worlds
+def test_what_a_sharded_model_cannot_do_is_refused_in_every_process(results, world):
+    for result in results(world):
         messages = ["The explainer must be CAM", "reshard_after_forward=False"]
         for refused, message in zip(result["refused"], messages, strict=False):
             assert message in refused["error"]
 
 
-def test_unequal_batches_are_refused_in_every_process(results):
-    sizes = ", ".join(["4", *["3"] * (len(results) - 1)])
-    for result in results:
+@worlds
+def test_unequal_batches_are_refused_in_every_process(results, world):
+    sizes = ", ".join(["4", *["3"] * (world - 1)])
+    for result in results(world):
         assert f"batches of one size in every process; got sizes {sizes}" in result["unequal"]["error"]
