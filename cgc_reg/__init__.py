@@ -6,20 +6,33 @@ from cgc_reg.explain import explain
 from cgc_reg.explainers import (
     CAM,
     GradCAM,
+    GradCAMPlusPlus,
     HiResCAM,
     LayerCAM,
     LayerExplainer,
     PositiveGradCAM,
+    XGradCAM,
 )
 from cgc_reg.explanation import Explainer, Explanation
+from cgc_reg.full_grad import FullGrad
 from cgc_reg.losses import info_nce, mse_consistency
 from cgc_reg.metrics import Consistency, ContentHeatmap, consistency, content_heatmap, pointing_game
 from cgc_reg.model.suggest import suggest_target_layer
 from cgc_reg.model.wrappers import expose_layer
 from cgc_reg.regularizer import CGCOutput, CGCRegularizer
 from cgc_reg.reshape import TokensToMaps, channels_last_to_maps
-from cgc_reg.rules import class_activation, grad_cam, hires_cam, layer_cam, positive_grad_cam
+from cgc_reg.rules import (
+    class_activation,
+    full_grad,
+    grad_cam,
+    grad_cam_plus_plus,
+    hires_cam,
+    layer_cam,
+    positive_grad_cam,
+    xgrad_cam,
+)
 from cgc_reg.transforms import RandomAffine, RandomResizedCropFlip, SpatialTransform, TransformSampler
+from cgc_reg.weightings import confidence
 
 __version__ = "0.1.0"
 
@@ -32,7 +45,9 @@ __all__ = [
     "ContrastiveTransforms",
     "Explainer",
     "Explanation",
+    "FullGrad",
     "GradCAM",
+    "GradCAMPlusPlus",
     "HiResCAM",
     "LayerCAM",
     "LayerExplainer",
@@ -42,15 +57,19 @@ __all__ = [
     "SpatialTransform",
     "TokensToMaps",
     "TransformSampler",
+    "XGradCAM",
     "channels_last_to_maps",
     "check_closed_form",
     "check_gradient",
     "class_activation",
+    "confidence",
     "consistency",
     "content_heatmap",
     "explain",
     "expose_layer",
+    "full_grad",
     "grad_cam",
+    "grad_cam_plus_plus",
     "hires_cam",
     "info_nce",
     "layer_cam",
@@ -58,4 +77,5 @@ __all__ = [
     "pointing_game",
     "positive_grad_cam",
     "suggest_target_layer",
+    "xgrad_cam",
 ]

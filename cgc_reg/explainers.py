@@ -5,7 +5,6 @@ They are values: they hold names and functions, and neither a model nor a tensor
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,24 +12,31 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cgc_reg._at_layer import AtLayer
+from cgc_reg._checked import checked
 from cgc_reg._checks import describe
-from cgc_reg._precision import at_least_float32, without_autocast
-from cgc_reg._targets import as_target, target_of
-from cgc_reg.explanation import Explainer, Explanation, in_its_graph
-from cgc_reg.model.attention import unfused_attention
+from cgc_reg._precision import without_autocast
+from cgc_reg.explanation import Explainer, Explanation
+from cgc_reg.full_grad import FullGrad
 from cgc_reg.model.checkpoints import has_reentrant_checkpoint
-from cgc_reg.model.compilation import compiled_exposed_layer, uncompiled, warn_if_compiled
+from cgc_reg.model.compilation import compiled_exposed_layer
 from cgc_reg.model.given import ordinary
-from cgc_reg.model.gradient import score_gradient
+from cgc_reg.model.gradient import score_gradients
 from cgc_reg.model.head import head_weight
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.maps import activation_maps, as_maps
-from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.passes import ForwardPass, exposed_pass
-from cgc_reg.model.processes import is_sharded
-from cgc_reg.model.turns import in_turn
-from cgc_reg.model.wrappers import data_parallel, unwrap, warn_if_one_device
-from cgc_reg.rules import HeatmapRule, class_activation, grad_cam, hires_cam, layer_cam, positive_grad_cam
+from cgc_reg.model.processes import check_inner_gradient
+from cgc_reg.model.wrappers import unwrap
+from cgc_reg.rules import (
+    HeatmapRule,
+    class_activation,
+    grad_cam,
+    grad_cam_plus_plus,
+    hires_cam,
+    layer_cam,
+    positive_grad_cam,
+    xgrad_cam,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,18 +77,15 @@ class LayerExplainer(AtLayer):
 
     @override
     def _pass(self, model: nn.Module, x: Tensor) -> ForwardPass:
-        if torch.is_grad_enabled() and is_sharded(model):
-            raise ValueError(
-                "The explainer must be CAM to train a model that is sharded by `fully_shard`: the inner gradient of "
-                f"others makes it free its weights too early; got {type(self).__name__}. Take CAM, or "
-                "DistributedDataParallel."
-            )
+        check_inner_gradient(model, type(self).__name__)
         return super()._pass(model, x)
 
     @override
     def _heatmap(self, model: nn.Module, made: ForwardPass, target: Tensor) -> Tensor:
         activation = activation_maps(made, self.reshape_transform)
-        gradient = score_gradient(made.inner_logits, made.layer_output, target, create_graph=torch.is_grad_enabled())
+        (gradient,) = score_gradients(
+            made.inner_logits, [made.layer_output], target, create_graph=torch.is_grad_enabled()
+        )
         if gradient is None:
             repair = (
                 "It lies inside a reentrant checkpoint, which hides it from autograd: checkpoint with "
@@ -193,6 +196,47 @@ class PositiveGradCAM(LayerExplainer):
 
 
 @dataclass(frozen=True, repr=False)
+class GradCAMPlusPlus(LayerExplainer):
+    r"""Explain by :func:`grad_cam_plus_plus`: each channel weighed by its positive gradients, for several objects.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c w_c A_c\Big), \qquad
+              w_c = \sum_{uv} \frac{\mathrm{ReLU}(d_{cuv})}{2 + d_{cuv} \sum_{ab} A_{cab}}, \qquad
+              d = \frac{\partial y}{\partial A}
+
+    Arguments and errors are those of :class:`GradCAM`.
+
+    Example:
+        >>> GradCAMPlusPlus("layer4")(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)).heatmap.shape
+        torch.Size([2, 2, 2])
+
+    References:
+        Chattopadhay et al., Grad-CAM++ (WACV 2018).
+    """
+
+    rule: HeatmapRule = field(init=False, default_factory=lambda: grad_cam_plus_plus)
+
+
+@dataclass(frozen=True, repr=False)
+class XGradCAM(LayerExplainer):
+    r"""Explain by :func:`xgrad_cam`: each channel weighed by the mean gradient over what is active in it.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c w_c A_c\Big), \qquad
+              w_c = \frac{\sum_{uv} d_{cuv} A_{cuv}}{\sum_{uv} A_{cuv}}, \qquad d = \frac{\partial y}{\partial A}
+
+    Arguments and errors are those of :class:`GradCAM`.
+
+    Example:
+        >>> XGradCAM("layer4")(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)).heatmap.shape
+        torch.Size([2, 2, 2])
+
+    References:
+        Fu et al., Axiom-based Grad-CAM (BMVC 2020).
+    """
+
+    rule: HeatmapRule = field(init=False, default_factory=lambda: xgrad_cam)
+
+
+@dataclass(frozen=True, repr=False)
 class CAM(AtLayer):
     r"""Explain by :func:`class_activation`: each channel weighed by the linear head's weight, in closed form.
 
@@ -273,41 +317,13 @@ def as_explainer(explainer: Explainer | str | None) -> Explainer:
 
 
 def explained(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
-    """Call an explainer; one that is not of this module gets what ours have, and what it returns is checked.
+    """Call an explainer, ours or the user's.
 
     Args:
-        explainer: ours or the user's.
+        explainer: of :func:`as_explainer`.
         model, x: as for calling it.
         target: of :func:`as_target`.
     """
-    if isinstance(explainer, AtLayer):
+    if isinstance(explainer, (AtLayer, FullGrad)):
         return explainer(model, x, target)
-    warn_if_compiled(model)
-    warn_if_one_device(model)
-    parallel = data_parallel(model)
-    if parallel is not None and parallel.static_graph and torch.is_grad_enabled():
-        raise RuntimeError(
-            "The explainer must be one of one layer, such as GradCAM, under DistributedDataParallel with "
-            f"`static_graph=True`; got {describe(explainer)}, whose inner gradient would pass for the end of the step. "
-            "Leave out `static_graph=True`."
-        )
-    measuring = nullcontext() if torch.is_grad_enabled() else as_without_gradients()
-    # Its inner gradient needs a graph, and what can be differentiated twice.
-    with in_turn(model), measuring, torch.enable_grad(), uncompiled(model), unfused_attention():
-        seen = explainer(unwrap(model) if parallel is None else parallel, ordinary(x), target)
-    if not isinstance(seen, Explanation):
-        raise TypeError(f"The explainer must return an Explanation; got {describe(seen)}.")
-    heatmap, logits, n = seen.heatmap, seen.logits, len(x)
-    if not isinstance(heatmap, Tensor) or heatmap.ndim != 3 or len(heatmap) != n or not heatmap.is_floating_point():
-        raise ValueError(f"The explainer must return heatmaps of shape ({n}, h, w); got {describe(heatmap)}.")
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
-        raise ValueError(f"The explainer must return logits of shape ({n}, classes); got {describe(logits)}.")
-    if seen.target is None:
-        raise TypeError("The explainer must return the target that it explained; got None.")
-    target = target_of(as_target(seen.target, n, logits.device), logits)
-    if torch.is_grad_enabled() and heatmap.requires_grad and not logits.requires_grad:
-        raise RuntimeError(
-            "The explainer must return logits in the graph, since a cross-entropy on them would train nothing; got "
-            "some without. Take them from a pass with gradients, and do not detach them."
-        )
-    return in_its_graph(Explanation(at_least_float32(heatmap), logits, target, seen.output), model, x)
+    return checked(explainer, model, x, target)

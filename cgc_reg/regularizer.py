@@ -37,9 +37,11 @@ from cgc_reg.model.state import BatchNormMode
 from cgc_reg.model.wrappers import inside_data_parallel
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
 from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
+from cgc_reg.weightings import Weighting, confidence
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["info_nce", "mse_consistency"]
+WeightingName = Literal["uniform", "confidence"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class CGCOutput:
     """What one call of :meth:`CGCRegularizer.compute` made.
 
     Attributes:
-        loss: L_CGC, a scalar, or (n,) for ``reduction="none"``.
+        loss: L_CGC, weighed, a scalar, or (n,) for ``reduction="none"``.
         logits: of the images x, (n, k), for the cross-entropy.
         view_logits: of the views T(x), (n, k).
         view: T(x), (n, c, H, W).
@@ -56,7 +58,8 @@ class CGCOutput:
         heatmap: g(x), (n, h, w), for looking at and for measures such as :func:`content_heatmap`.
         query: T(g(x)), (n, h, w), zero where T(x) shows nothing of x.
         key: g(T(x)), (n, h, w), zero there too.
-        scalars: detached values to log: ``loss`` and what :func:`cgc_reg.consistency` returns.
+        scalars: detached values to log: ``loss``, the mean of L whatever its weights, to compare; ``weight``, their
+            mean; and what :func:`cgc_reg.consistency` returns.
         output: what the model returned for x, for a loss that needs more than logits.
     """
 
@@ -102,6 +105,9 @@ class CGCRegularizer(nn.Module):
             without touching the running ones; ``"update"`` updates them; ``"eval"`` normalises with the running ones.
             Extra are the view's pass and, in ``reg(model, x)``, the pass over x too.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
+        weighting: how much each image counts, w in :math:`\sum_i w_i L_i / n`: ``"uniform"``, all alike, is the
+            paper's; ``"confidence"`` is :func:`confidence`, so that CGC sets in as the network learns; or a function
+            from logits (n, k) and target to (n,). It is called without a graph.
         gather_distributed: of ``"info_nce"``: contrast against the keys of all processes.
         generator: source of randomness of T; torch's global one if None.
 
@@ -133,6 +139,7 @@ class CGCRegularizer(nn.Module):
         detach_key: bool = False,
         bn_mode: BatchNormMode = "preserve",
         reduction: Reduction = "mean",
+        weighting: WeightingName | Weighting = "uniform",
         gather_distributed: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -144,6 +151,7 @@ class CGCRegularizer(nn.Module):
         check_choice("negatives", negatives, get_args(Negatives))
         check_choice("bn_mode", bn_mode, get_args(BatchNormMode))
         check_choice("reduction", reduction, get_args(Reduction))
+        check_option("weighting", weighting, get_args(WeightingName))
         check_flag("detach_key", detach_key)
         check_flag("gather_distributed", gather_distributed)
         check_generator("generator", generator)
@@ -162,6 +170,7 @@ class CGCRegularizer(nn.Module):
         self.detach_key = detach_key
         self.bn_mode = bn_mode
         self.reduction = reduction
+        self.weighting = weighting
         self.gather_distributed = gather_distributed
         self.generator = generator
         self._watching = True  # for batches that compare nothing
@@ -324,8 +333,10 @@ class CGCRegularizer(nn.Module):
         coverage = transform.coverage(size)
         query = transform(image.heatmap, size) * coverage
         key = seen.heatmap * coverage
-        loss = self._loss(query, key)
-        scalars = {"loss": loss.detach().mean(), **consistency(query, key)}
+        losses = self._losses(query, key)
+        weights = self._weights(image)
+        loss = reduce(weights * losses, self.reduction) if losses.ndim else weights.mean() * losses
+        scalars = {"loss": losses.detach().mean(), "weight": weights.mean(), **consistency(query, key)}
         self._warn_if_blank(coverage, scalars["blank_share"])
         return CGCOutput(
             loss=loss,
@@ -411,18 +422,19 @@ class CGCRegularizer(nn.Module):
             )
         return transform
 
-    def _loss(self, query: Tensor, key: Tensor) -> Tensor:
+    def _losses(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the loss of each image, or the scalar that a loss of the user's own may be."""
         if self.loss == "info_nce":
             return info_nce(
                 query,
                 key,
                 self.temperature,
                 negatives=self.negatives,
-                reduction=self.reduction,
+                reduction="none",
                 gather_distributed=self.gather_distributed,
             )
         if self.loss == "mse_consistency":
-            return mse_consistency(query, key, reduction=self.reduction)
+            return mse_consistency(query, key, reduction="none")
         assert callable(self.loss)  # checked in the constructor; says so to the type checker
         with without_autocast(query):
             loss = self.loss(query, key)
@@ -436,7 +448,19 @@ class CGCRegularizer(nn.Module):
                 "nothing. Remove `detach`, `no_grad` or conversions to numbers from it; measures such as `consistency` "
                 "are detached, and no loss."
             )
-        return loss if loss.ndim == 0 else reduce(loss, self.reduction)
+        return loss
+
+    def _weights(self, image: Explanation) -> Tensor:
+        logits = ordinary(image.logits).detach()
+        if self.weighting == "uniform":
+            return torch.ones(len(logits), device=logits.device)
+        weigh = confidence if self.weighting == "confidence" else self.weighting
+        assert callable(weigh)  # checked in the constructor; says so to the type checker
+        with torch.no_grad(), without_autocast(logits):
+            weights = weigh(logits, image.target)
+        if not isinstance(weights, Tensor) or weights.shape != (len(logits),):
+            raise ValueError(f"`weighting` must return a tensor of shape ({len(logits)},); got {describe(weights)}.")
+        return weights
 
 
 def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | None) -> None:

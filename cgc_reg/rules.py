@@ -1,13 +1,15 @@
 """Heatmap rules: pure functions of a layer's activation A and of the class score's gradient dy/dA.
 
 A rule takes ``(activation, gradient)``, both (n, c, h, w), and returns heatmaps (n, h, w). Any function of that
-kind can stand in for the ones here.
+kind can stand in for the ones here. Two are of other kinds: `class_activation` reads the head's weight in place of the
+gradient, and `full_grad` looks at all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from cgc_reg._checks import check_activation, describe
@@ -93,6 +95,57 @@ def positive_grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
     return (gradient.relu().mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1).relu()
 
 
+def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
+    r"""Weigh each channel by its positive gradients, each counted the less the more of the map it speaks for.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c w_c A_c\Big), \qquad
+              w_c = \sum_{uv} \alpha_{cuv} \, \mathrm{ReLU}(d_{cuv}), \qquad
+              \alpha_{cuv} = \frac{d_{cuv}^2}{2 d_{cuv}^2 + d_{cuv}^3 \sum_{ab} A_{cab}}, \qquad
+              d = \frac{\partial y}{\partial A}
+
+    This is the paper's form for the score exp(y), whose higher derivatives are powers of the first where what follows A
+    is piecewise linear; the common factor exp(y), of each image, is left out. Where d times the sum is small, alpha is
+    near 1/2, and the heatmap that of :func:`positive_grad_cam` up to scale. The paper takes A behind a ReLU: for maps
+    with negative values a channel whose sum is near -2 / d has a pole.
+
+    Arguments and result are those of :func:`grad_cam`, but for the unit, which changes with the activation's.
+
+    Example:
+        >>> grad_cam_plus_plus(torch.ones(2, 3, 7, 7), torch.ones(2, 3, 7, 7)).shape
+        torch.Size([2, 7, 7])
+
+    References:
+        Chattopadhay et al., Grad-CAM++ (WACV 2018), section 3.
+    """
+    check_activation(activation, gradient)
+    # Of d^2 / (2 d^2 + d^3 S) a factor d^2 cancels, whose powers would leave the range of float32.
+    alpha = 1 / (2 + gradient * activation.sum(dim=(2, 3), keepdim=True))
+    weight = (alpha * gradient.relu()).sum(dim=(2, 3), keepdim=True)
+    return (weight * activation).sum(dim=1).relu()
+
+
+def xgrad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
+    r"""Weigh each channel by the mean of its gradients over what is active in it.
+
+    .. math:: g = \mathrm{ReLU}\Big(\sum_c w_c A_c\Big), \qquad
+              w_c = \frac{\sum_{uv} d_{cuv} A_{cuv}}{\sum_{uv} A_{cuv}}, \qquad d = \frac{\partial y}{\partial A}
+
+    A channel whose values sum to 0, such as a dead one, has weight 0. The paper takes A behind a ReLU. For maps with
+    negative values a channel whose sum is near 0 has a pole. Arguments and result are those of :func:`grad_cam`.
+
+    Example:
+        >>> xgrad_cam(torch.ones(2, 3, 7, 7), torch.ones(2, 3, 7, 7)).shape
+        torch.Size([2, 7, 7])
+
+    References:
+        Fu et al., Axiom-based Grad-CAM (BMVC 2020), section 3.
+    """
+    check_activation(activation, gradient)
+    total = activation.sum(dim=(2, 3), keepdim=True)
+    weight = (gradient * activation).sum(dim=(2, 3), keepdim=True) / total.masked_fill(total == 0, 1)
+    return (weight * activation).sum(dim=1).relu()
+
+
 def class_activation(activation: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     r"""Weigh each channel by the head's weight for the class: CAM, in closed form.
 
@@ -124,3 +177,38 @@ def class_activation(activation: Tensor, weight: Tensor, target: Tensor) -> Tens
         )
     alpha = weight[target] if target.ndim == 1 else target.to(weight.dtype) @ weight
     return (alpha[:, :, None, None] * activation).sum(dim=1).relu()
+
+
+def full_grad(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    r"""Add up what the image and each layer's biases give to the score, place by place.
+
+    .. math:: g = \sum_l \sum_c \mathrm{enlarge}\big(\psi(t_l)\big)_c, \qquad
+              \psi(t) = \frac{|t| - \min |t|}{\max |t| - \min |t|}
+
+    The minimum and the maximum are those of an image's term, over channels and places, so that each layer counts alike.
+
+    Args:
+        terms: t, each (n, c, h, w): gradient times image, and gradient times bias of each layer. Terms without places,
+            as of a linear layer or of maps of one pixel, are left out.
+        size: (height, width) of the result.
+
+    Returns:
+        Heatmaps (n, height, width), not negative.
+
+    Example:
+        >>> full_grad([torch.rand(2, 3, 8, 8), torch.rand(2, 16, 4, 4), torch.rand(2, 10)], (8, 8)).shape
+        torch.Size([2, 8, 8])
+
+    References:
+        Srinivas and Fleuret, Full-Gradient Representation for Neural Network Visualization (NeurIPS 2019), section 4.
+    """
+    maps = []
+    for term in terms:
+        if term.ndim == 4 and term.shape[2] * term.shape[3] > 1:
+            size_of_term = term.abs()
+            low, high = size_of_term.amin(dim=(1, 2, 3), keepdim=True), size_of_term.amax(dim=(1, 2, 3), keepdim=True)
+            span = high - low
+            scaled = (size_of_term - low) / span.masked_fill(span == 0, 1)
+            # Enlarging is linear: the sum of all channels needs it once.
+            maps.append(F.interpolate(scaled.sum(dim=1, keepdim=True), size, mode="bilinear", align_corners=False))
+    return sum(maps[1:], maps[0])[:, 0]

@@ -4,22 +4,35 @@ from cgc_reg import (
     CAM,
     CGCRegularizer,
     GradCAM,
+    GradCAMPlusPlus,
     HiResCAM,
     LayerCAM,
     LayerExplainer,
     PositiveGradCAM,
+    XGradCAM,
     grad_cam,
+    grad_cam_plus_plus,
     hires_cam,
     layer_cam,
     positive_grad_cam,
+    xgrad_cam,
 )
 
-RULES = {"grad_cam": grad_cam, "hires_cam": hires_cam, "layer_cam": layer_cam, "positive_grad_cam": positive_grad_cam}
+RULES = {
+    "grad_cam": grad_cam,
+    "hires_cam": hires_cam,
+    "layer_cam": layer_cam,
+    "positive_grad_cam": positive_grad_cam,
+    "grad_cam_plus_plus": grad_cam_plus_plus,
+    "xgrad_cam": xgrad_cam,
+}
 EXPLAINERS = {
     "grad_cam": GradCAM,
     "hires_cam": HiResCAM,
     "layer_cam": LayerCAM,
     "positive_grad_cam": PositiveGradCAM,
+    "grad_cam_plus_plus": GradCAMPlusPlus,
+    "xgrad_cam": XGradCAM,
     "class_activation": CAM,
 }
 OF_EXPLAINER = ("head", "output_fn", "reshape_transform")

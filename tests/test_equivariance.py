@@ -16,7 +16,8 @@ TARGET = torch.tensor([0, 1, 3])
 # float64 keeps 16 digits; positions, interpolation and four layers of sums lose a few of them.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
-all_heatmaps = pytest.mark.parametrize("heatmap", EXPLAINERS)
+# Grad-CAM++ weighs a channel by the sum of its whole map too, which a crop changes.
+all_heatmaps = pytest.mark.parametrize("heatmap", [name for name in EXPLAINERS if name != "grad_cam_plus_plus"])
 grids = st.tuples(st.integers(2, 5), st.integers(2, 5))
 
 

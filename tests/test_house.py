@@ -34,10 +34,12 @@ def test_the_mathematics_touches_no_model():
     assert rooms == {
         "__init__.py",
         "_at_layer.py",
+        "_checked.py",
         "checking.py",
         "explain.py",
         "explainers.py",
         "explanation.py",
+        "full_grad.py",
         "regularizer.py",
     }
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lab import __main__ as command_line
-from lab import jobs, summarize, visualize
+from lab import explanations, image_data, jobs, summarize, visualize
 from lab import train as lab_train
 from tests.tiny import TINY, history, write_images
 
@@ -38,7 +38,7 @@ def test_help_lists_the_commands_and_each_has_its_own(capsys):
         command_line.main(["--help"])
     printed = capsys.readouterr().out
     for name, about in command_line.COMMANDS.items():
-        assert f"  {name:10} {about}\n" in printed
+        assert f"  {name:12} {about}\n" in printed
         if name != "notebook":  # whose packages warn in ways that are not ours
             with pytest.raises(SystemExit):
                 command_line.main([name, "--help"])
@@ -112,6 +112,23 @@ def test_visualize_knows_its_rules(folder, trained, capsys):
     with pytest.raises(SystemExit):
         visualize.main([str(trained[0] / "cgc" / "last.pt"), str(folder), "--heatmap", "cam"])
     assert "invalid choice: 'cam' (choose from" in capsys.readouterr().err
+
+
+def test_each_explanation_is_measured_as_itself(tmp_path, capsys, monkeypatch):
+    few = image_data.load_shapes(image_size=64, seed=0, train=64, validation=64)
+    for module in (lab_train, explanations):
+        monkeypatch.setattr(module, "load_data", lambda *_, **__: few)
+    command = ["--epochs", "2", "--train-images", "64", "--rules", "layer_cam", "full_grad", "--out", str(tmp_path)]
+    explanations.main(command)
+    *_, header, _, layer_cam, full_grad = capsys.readouterr().out.strip().splitlines()
+    assert header.startswith(
+        "| explanation | CGC loss, cross-entropy | CGC loss, + CGC | content heatmap, cross-entropy"
+    )
+    found = [[float(value) for value in row.split("|")[2:-1]] for row in (layer_cam, full_grad)]
+    # Both were measured on one network without CGC, whose accuracy is one, and differ in all that is of heatmaps.
+    assert found[0][4] == found[1][4]
+    assert found[0][0] != found[1][0]
+    assert {path.name for path in tmp_path.iterdir()} == {"cross-entropy", "layer_cam", "full_grad"}
 
 
 def test_summary_is_the_mean_and_range_over_runs(trained, capsys):

@@ -42,7 +42,7 @@ RECIPES = {
     "segmentation_output": TINY,
     "fastai_learner": TINY,
 }
-SCALARS = {"loss", "positive_similarity", "negative_similarity", "margin", "blank_share"}
+SCALARS = {"loss", "weight", "positive_similarity", "negative_similarity", "margin", "blank_share"}
 
 pytestmark = [
     # Lightning asks with a class that torch has deprecated.

@@ -94,6 +94,10 @@ def slow_heatmap(net, image, k, heatmap):
             "hires_cam": lambda c: g[0, c],
             "layer_cam": lambda c: g[0, c].clamp(min=0),
             "positive_grad_cam": lambda c: g[0, c].clamp(min=0).mean(),
+            "grad_cam_plus_plus": lambda c: sum(
+                d * d**2 / (2 * d**2 + d**3 * a[0, c].sum()) for d in g[0, c].flatten() if d > 0
+            ),
+            "xgrad_cam": lambda c: (g[0, c] * a[0, c]).sum() / a[0, c].sum() if a[0, c].sum() > 0 else 0,
             "class_activation": lambda c: net.head.weight[k, c],
         }[heatmap](c)
     return total.clamp(min=0)
@@ -248,7 +252,7 @@ def test_logits_of_compute_train_as_those_of_a_plain_pass():
 
 def test_scalars_are_the_loss_and_the_consistency():
     out = regularizer().compute(relu_net(), X)
-    expected = {"loss": out.loss.detach(), **consistency(out.query, out.key)}
+    expected = {"loss": out.loss.detach(), "weight": torch.tensor(1.0), **consistency(out.query, out.key)}
     assert_same(out.scalars, expected)
     assert not any(value.requires_grad for value in out.scalars.values())
 

@@ -10,9 +10,23 @@ from hypothesis import strategies as st
 from networks import GapNet, relu_net
 from strategies import generator, laws, seeds
 from torch import nn
+from torchvision.transforms import functional as TF
 
-from cgc_reg import CAM, GradCAM, HiResCAM, class_activation, explain, grad_cam, hires_cam, layer_cam, positive_grad_cam
-from cgc_reg.model.gradient import score_gradient
+from cgc_reg import (
+    CAM,
+    GradCAM,
+    HiResCAM,
+    class_activation,
+    explain,
+    full_grad,
+    grad_cam,
+    grad_cam_plus_plus,
+    hires_cam,
+    layer_cam,
+    positive_grad_cam,
+    xgrad_cam,
+)
+from cgc_reg.model.gradient import score_gradients
 
 
 def pair(seed, n=2, c=3, h=4, w=5, dtype=torch.float64):
@@ -44,11 +58,25 @@ def slow_positive_grad_cam(a, g):
     return heatmap.clamp(min=0)
 
 
+def slow_grad_cam_plus_plus(a, g):
+    heatmap = torch.zeros(a.shape[1:], dtype=a.dtype)
+    for c in range(len(a)):
+        positive = [d for d in g[c].flatten().tolist() if d > 0]
+        heatmap += a[c] * sum(d**2 / (2 * d**2 + d**3 * a[c].sum().item()) * d for d in positive)
+    return heatmap.clamp(min=0)
+
+
+def slow_xgrad_cam(a, g):
+    return sum(a[c] * (g[c] * a[c]).sum() / a[c].sum() for c in range(len(a))).clamp(min=0)
+
+
 SLOW = {
     grad_cam: slow_grad_cam,
     hires_cam: slow_hires_cam,
     layer_cam: slow_layer_cam,
     positive_grad_cam: slow_positive_grad_cam,
+    grad_cam_plus_plus: slow_grad_cam_plus_plus,
+    xgrad_cam: slow_xgrad_cam,
 }
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)  # one without a slow loop fails
 
@@ -89,6 +117,59 @@ def test_rules_that_keep_negative_gradients_differ_from_those_that_drop_them():
     assert not torch.allclose(hires_cam(activation, gradient), layer_cam(activation, gradient))
 
 
+@rules
+def test_dead_channels_and_tiny_gradients_leave_a_rule_finite(rule):
+    activation, gradient = pair(0, dtype=torch.float32)
+    activation, gradient = activation.abs(), 1e-25 * gradient  # whose square is below float32's range
+    activation[:, 0] = 0
+    activation.requires_grad_(), gradient.requires_grad_()
+    heatmap = rule(activation, gradient)
+    assert heatmap.amax() > 0
+    for found in torch.autograd.grad(heatmap.sum(), [activation, gradient]):
+        assert found.isfinite().all()
+
+
+def test_xgrad_cam_is_grad_cam_where_the_gradient_is_the_same_everywhere():
+    activation, gradient = pair(0)
+    activation, gradient = activation.abs(), gradient.mean(dim=(2, 3), keepdim=True).expand_as(gradient)
+    torch.testing.assert_close(xgrad_cam(activation, gradient), grad_cam(activation, gradient))
+
+
+def test_grad_cam_plus_plus_is_positive_grad_cam_for_small_scores():
+    activation, gradient = pair(0)
+    by_mean = positive_grad_cam(activation.abs(), 1e-9 * gradient)
+    torch.testing.assert_close(
+        grad_cam_plus_plus(activation.abs(), 1e-9 * gradient), by_mean * 4 * 5 / 2, rtol=1e-6, atol=0
+    )
+
+
+@laws
+@given(seeds, st.integers(1, 3), st.integers(1, 3))
+def test_full_grad_equals_a_loop_over_terms_channels_and_places(seed, n, channels):
+    def term(*shape):
+        return torch.randn(n, *shape, dtype=torch.float64, generator=generator(seed))
+
+    terms = [term(3, 4, 6), term(channels, 2, 3), term(5), term(2, 1, 1)]
+    expected = torch.zeros(n, 4, 6, dtype=torch.float64)
+    for each in terms[:2]:
+        for i in range(n):
+            values = each[i].abs().flatten().tolist()
+            low, high = min(values), max(values)
+            for c in range(each.shape[1]):
+                scaled = torch.tensor([[(abs(v) - low) / (high - low) for v in row] for row in each[i, c].tolist()])
+                larger = TF.resize(scaled[None].double(), [4, 6], antialias=False)
+                expected[i] += larger[0]
+    torch.testing.assert_close(full_grad(terms, (4, 6)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_full_grad_of_a_term_of_one_value_is_finite():
+    term = torch.ones(1, 2, 2, 2, requires_grad=True)
+    heatmap = full_grad([term], (2, 2))
+    heatmap.sum().backward()
+    assert heatmap.count_nonzero() == 0
+    assert term.grad.isfinite().all()
+
+
 @laws
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_closed_form_of_average_pooling_and_a_linear_head(seed, h, w):
@@ -96,7 +177,7 @@ def test_closed_form_of_average_pooling_and_a_linear_head(seed, h, w):
     weight = torch.randn(5, 4, dtype=torch.float64, generator=generator(seed))
     target = torch.tensor([4, 0, 2])
     logits = activation.requires_grad_().mean(dim=(2, 3)) @ weight.T + 7
-    gradient = score_gradient(logits, activation, target, create_graph=False)
+    (gradient,) = score_gradients(logits, [activation], target, create_graph=False)
     by_hand = torch.stack(
         [sum(weight[k, c] * a[c] for c in range(4)).clamp(min=0) for a, k in zip(activation, target, strict=True)]
     )
@@ -157,7 +238,7 @@ def test_score_gradient_equals_one_image_at_a_time():
         net.features(torch.randn(3, 3, 6, 6).double()).detach().requires_grad_(),
         torch.tensor([2, 0, 1]),
     )
-    together = score_gradient(net.head(activation.mean(dim=(2, 3))), activation, target, create_graph=False)
+    (together,) = score_gradients(net.head(activation.mean(dim=(2, 3))), [activation], target, create_graph=False)
     for i, k in enumerate(target):
         alone = activation[i : i + 1].detach().requires_grad_()
         net.head(alone.mean(dim=(2, 3)))[0, k].backward()
@@ -168,7 +249,7 @@ def test_score_gradient_equals_one_image_at_a_time():
 def test_score_gradient_has_a_graph_exactly_on_request(create_graph):
     activation = torch.rand(2, 3, 4, 4, requires_grad=True)
     logits = activation.square().mean(dim=(2, 3))
-    gradient = score_gradient(logits, activation, torch.tensor([0, 1]), create_graph=create_graph)
+    (gradient,) = score_gradients(logits, [activation], torch.tensor([0, 1]), create_graph=create_graph)
     assert gradient.requires_grad == create_graph
 
 
@@ -176,13 +257,13 @@ def test_score_gradient_works_where_gradients_are_off():
     activation = torch.rand(2, 3, 4, 4, requires_grad=True)
     logits = activation.mean(dim=(2, 3))
     with torch.no_grad():
-        gradient = score_gradient(logits, activation, torch.tensor([0, 1]), create_graph=False)
+        (gradient,) = score_gradients(logits, [activation], torch.tensor([0, 1]), create_graph=False)
     assert gradient.sum() == 2  # one for each image: the scores are means
 
 
 def test_score_gradient_is_none_for_scores_of_something_else():
     activation, logits = torch.rand(2, 3, 4, 4, requires_grad=True), torch.rand(2, 5, requires_grad=True)
-    assert score_gradient(logits, activation, torch.tensor([0, 1]), create_graph=False) is None
+    assert score_gradients(logits, [activation], torch.tensor([0, 1]), create_graph=False) == [None]
 
 
 def test_score_gradient_survives_halfs_range():
@@ -190,7 +271,7 @@ def test_score_gradient_survives_halfs_range():
     activation = torch.rand(1, 1, 112, 112).half().requires_grad_()
     weight = torch.tensor(1e-2, dtype=torch.float16)
     logits = activation.mean(dim=(2, 3)) * weight
-    gradient = score_gradient(logits, activation, torch.tensor([0]), create_graph=False)
+    (gradient,) = score_gradients(logits, [activation], torch.tensor([0]), create_graph=False)
     expected = weight.double().item() / 112**2
     assert gradient.dtype == torch.float32
     # Scaled by 16 it is 1.3e-5, and half of float16's step there, 3e-8, is 2.3 thousandths of that.

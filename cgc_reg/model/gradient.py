@@ -1,6 +1,8 @@
-"""The inner gradient: of the explained score, by a layer's output."""
+"""The inner gradient: of the explained score, by what layers put out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,28 +11,28 @@ from cgc_reg._precision import at_least_float32, without_autocast
 from cgc_reg.model.attention import unfused_attention
 
 
-def score_gradient(logits: Tensor, activation: Tensor, target: Tensor, *, create_graph: bool) -> Tensor | None:
-    r"""Differentiate each image's score with respect to its activation: :math:`\partial y / \partial A`.
+def score_gradients(
+    logits: Tensor, activations: Sequence[Tensor], target: Tensor, *, create_graph: bool
+) -> list[Tensor | None]:
+    r"""Differentiate each image's score with respect to its activations: :math:`\partial y / \partial A`.
 
     Args:
         logits: (n, k).
-        activation: any tensor in the logits' graph whose first dimension is the batch.
+        activations: any tensors in the logits' graph whose first dimension is the batch.
         target: the class whose logit is the score y, (n,); or weights w, (n, k), for :math:`y = \sum_k w_k y_k`.
         create_graph: whether the result can be differentiated again, as training on it needs.
 
     Returns:
-        The gradient in activation's shape, at least float32; None where the logits do not depend on the activation.
+        The gradients in the activations' shapes, at least float32; None where the logits do not depend on one.
     """
     # Float16 loses gradients under 6e-8, and a mean over many pixels makes them that small. It has none above 65504,
     # and a head that scales cosines by 64 or 100 makes them large: the factor leaves room on both sides.
-    scale = 16.0 if activation.dtype is torch.float16 else 1.0
+    scale = 16.0 if any(activation.dtype is torch.float16 for activation in activations) else 1.0
     # A checkpoint runs its part again here, and must find the attention that its first run found.
-    with torch.enable_grad(), without_autocast(activation), unfused_attention():
+    with torch.enable_grad(), without_autocast(logits), unfused_attention():
         scores = logits.gather(1, target[:, None]) if target.ndim == 1 else logits * target
         score = scores.sum() * scale
         if not score.requires_grad:
-            return None
-        (gradient,) = torch.autograd.grad(score, activation, create_graph=create_graph, allow_unused=True)
-        if gradient is None:
-            return None
-        return at_least_float32(gradient) / scale
+            return [None] * len(activations)
+        gradients = torch.autograd.grad(score, activations, create_graph=create_graph, allow_unused=True)
+        return [None if gradient is None else at_least_float32(gradient) / scale for gradient in gradients]

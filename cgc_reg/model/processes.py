@@ -31,6 +31,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def check_inner_gradient(model: nn.Module, explainer: str) -> None:
+    """Refuse to train a sharded model through an inner gradient."""
+    if torch.is_grad_enabled() and is_sharded(model):
+        raise ValueError(
+            "The explainer must be CAM to train a model that is sharded by `fully_shard`: the inner gradient of others "
+            f"makes it free its weights too early; got {explainer}. Take CAM, or DistributedDataParallel."
+        )
+
+
 def warn_if_wrapper_is_bypassed(model: nn.Module) -> None:
     """Warn, once for each model, of a pass that goes around the DistributedDataParallel that holds the model.
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "put trained models side by side: accuracy, heatmaps, insertion and deletion, random weights",
     "visualize": "draw the heatmaps of a trained model for images of your own",
     "study": "make the trainings of a study, each once, and report them",
+    "explanations": "train with CGC on each explanation, and measure what becomes of its own CGC loss",
     "summarize": "print mean and range over several runs of train --compare",
     "benchmark": "measure what a training step with CGC costs",
     "notebook": "run the notebook of this folder from top to bottom",
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lab",
         usage="%(prog)s COMMAND ...",
-        description="commands:\n" + "\n".join(f"  {name:10} {about}" for name, about in COMMANDS.items()),
+        description="commands:\n" + "\n".join(f"  {name:12} {about}" for name, about in COMMANDS.items()),
         epilog="python -m lab COMMAND --help lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

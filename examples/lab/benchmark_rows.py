@@ -155,7 +155,11 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
         COMPUTE: Row(full),
         "`reg(model, x)`": Row(steps.drop_in(), THREE_VIEWS),
         "`reg(model, x)` in `reg.reuse(model)`": Row(steps.reused()),
-        **{f"{COMPUTE}, `{g.__name__}`": Row(steps.compute(explainer=g)) for g in RULES.values() if g is not GradCAM},
+        **{
+            f"{COMPUTE}, `{type(g(args.layer)).__name__}`": Row(steps.compute(explainer=g))
+            for g in RULES.values()
+            if g is not GradCAM
+        },
         "the authors' recipe": Row(steps.authors(), THREE_VIEWS),
         f"{COMPUTE}, views of {side} x {side}": Row(steps.compute(view_size=small), ALONE),
         f"{COMPUTE}, `detach_key`": Row(steps.compute(detach_key=True), ALONE),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgc_reg import CGCRegularizer, Consistency, content_heatmap, pointing_game
+from cgc_reg import CGCRegularizer, Consistency, Explainer, content_heatmap, pointing_game
 from lab import processes
 
 TOLERANCE = 15 / 224  # of the pointing game, as a share of the image's side
@@ -19,7 +19,7 @@ TOLERANCE = 15 / 224  # of the pointing game, as a share of the image's side
 @torch.no_grad()
 def measure_model(
     model: nn.Module,
-    layer: str,
+    explainer: Explainer | str,
     batches: Iterable[Any],
     *,
     classes: int,
@@ -27,11 +27,11 @@ def measure_model(
     device: str,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
-    """Measure accuracy and Grad-CAM heatmaps; with one order of images the views are the same each time.
+    """Measure accuracy and heatmaps; with one order of images the views are the same each time.
 
     Args:
         model: in evaluation mode afterwards.
-        layer: of the heatmaps.
+        explainer: of the heatmaps; a layer's name is short for its Grad-CAM.
         batches: images, classes and, where they are known, masks of the objects.
         classes: their number.
         group: the contrastive loss depends on the number of negatives; it is taken over groups of this size.
@@ -41,7 +41,7 @@ def measure_model(
     model.eval()
     generator = torch.Generator().manual_seed(processes.rank())
     # For the pairs alone: a loss without negatives takes a last batch of one image too.
-    reg = CGCRegularizer(layer, loss="mse_consistency", generator=generator)
+    reg = CGCRegularizer(explainer, loss="mse_consistency", generator=generator)
     total, recall, pairs = Mean(), Recall(classes, device), Consistency(batch_size=group)
     for x, y, *mask in batches:
         x, y = x.to(device), y.to(device)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from cgc_reg.regularizer import LossName
+from cgc_reg.regularizer import LossName, WeightingName
 from lab import processes
 from lab.data_sets import CHOICES, default_image_size
 from lab.image_data import IMAGENETTE_FOLDERS
@@ -74,6 +74,7 @@ def add_cgc_options(group: Any) -> None:
     group.add_argument("--temperature", type=float, default=0.5, help="tau of CGC")
     group.add_argument("--loss", choices=get_args(LossName), default="info_nce", help="what makes heatmaps consistent")
     group.add_argument("--heatmap", choices=RULES, default="grad_cam", help="rule of the heatmaps that are trained")
+    group.add_argument("--weighting", choices=get_args(WeightingName), default="uniform", help="weight of each image")
     group.add_argument("--official", action="store_true", help="compute CGC as the authors' code does")
     group.add_argument("--gather", action="store_true", help="contrast with the images of all processes")
     group.add_argument(
@@ -138,8 +139,9 @@ def check_combinations(args: argparse.Namespace, error: Callable[[str], object])
         error("--compare needs a --lam above 0 to compare --lam 0 with.")
     if args.side_by_side and (not args.compare or processes.count() > 1):
         error("--side-by-side is for the two trainings of --compare, without torchrun.")
-    if args.official and (args.heatmap != "grad_cam" or args.heatmap_size is not None or args.detach_key):
-        error("--official sets what --heatmap, --heatmap-size and --detach-key would; leave these out.")
+    own = args.heatmap != "grad_cam" or args.heatmap_size is not None or args.detach_key or args.weighting != "uniform"
+    if args.official and own:
+        error("--official sets what --heatmap, --heatmap-size, --detach-key and --weighting would; leave these out.")
     if args.detach_key and args.cross_entropy_views == 2:
         error("--detach-key builds no graph for the views; it needs --cross-entropy-views 1.")
     if args.gather and processes.count() == 1:

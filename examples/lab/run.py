@@ -67,7 +67,7 @@ def make_regularizer(args: argparse.Namespace, layer: str) -> CGCRegularizer:
         return CGCRegularizer.official(layer, **options)
     size = args.heatmap_size and (args.heatmap_size, args.heatmap_size)
     explainer = RULES[args.heatmap](layer)
-    return CGCRegularizer(explainer, heatmap_size=size, detach_key=args.detach_key, **options)
+    return CGCRegularizer(explainer, heatmap_size=size, detach_key=args.detach_key, weighting=args.weighting, **options)
 
 
 def state_of(args: argparse.Namespace, run: Run, data: Data, lam: float) -> dict[str, Any]:

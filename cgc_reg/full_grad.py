@@ -1,0 +1,117 @@
+"""FullGrad: what the image and every bias of the network give to a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from cgc_reg._checked import checked
+from cgc_reg._checks import check_function, check_images
+from cgc_reg._precision import without_autocast
+from cgc_reg._targets import Target, as_target, target_of
+from cgc_reg.explanation import Explanation
+from cgc_reg.model.biases import kept_biases
+from cgc_reg.model.given import ordinary, outside_inference_mode
+from cgc_reg.model.gradient import score_gradients
+from cgc_reg.model.outputs import find_logits
+from cgc_reg.model.processes import check_inner_gradient
+from cgc_reg.rules import full_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullGrad:
+    r"""Explain by :func:`full_grad`: the image's part in the score and that of every bias, in the image's resolution.
+
+    .. math:: y = \sum x \odot \frac{\partial y}{\partial x} + \sum_l \sum b_l \odot \frac{\partial y}{\partial z_l}
+
+    :math:`z_l` is what layer l puts out and :math:`b_l` what it adds there: the bias of a convolution or of a linear
+    layer, and BatchNorm's implicit one, :math:`\beta - \gamma \mu / \sigma`. In evaluation mode, for a network of
+    these, of ReLU and of pooling, the terms add up to the score exactly. The heatmap adds up their absolute values,
+    each layer's scaled to its own range.
+
+    There is no layer to name: all of them count. A step costs more than one of :class:`GradCAM`, since the inner
+    gradient goes through the whole network and is differentiated again.
+
+    Terms are missing, and the sum is not the score, where a layer is no affine map: for other activations (a GELU, a
+    sigmoid), for the norms that look at an image's own statistics (GroupNorm, LayerNorm), whose bias counts all the
+    same, and in training mode, where BatchNorm's statistics follow the batch. Missing too is what a model adds without
+    a layer, such as ``x + self.bias``, and the biases inside attention and of recurrent layers.
+
+    Args:
+        output_fn: as for :class:`GradCAM`.
+
+    Raises:
+        TypeError: ``output_fn`` is no function.
+
+    Example:
+        >>> FullGrad()(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)).heatmap.shape
+        torch.Size([2, 64, 64])
+
+    References:
+        Srinivas and Fleuret, Full-Gradient Representation for Neural Network Visualization (NeurIPS 2019).
+    """
+
+    output_fn: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_function("output_fn", self.output_fn)
+
+    def __call__(self, model: nn.Module, x: Tensor, target: Target | None = None) -> Explanation:
+        """Run the model on x, once, and explain its scores; arguments and errors are those of calling GradCAM."""
+        return self._explain(model, x, target, [])
+
+    def terms(self, model: nn.Module, x: Tensor, target: Target | None = None) -> list[Tensor]:
+        """Return the terms themselves, each of its layer's shape.
+
+        Their sum over all but the first dimension is the score, see above: what is missing of it is what the heatmaps
+        do not show.
+
+        Args:
+            model, x, target: as for calling it.
+
+        Returns:
+            First gradient times image, (n, c, h, w), then gradient times bias of each layer, in the order of the pass.
+
+        Example:
+            >>> model, x = torchvision.models.vgg11(num_classes=10).eval(), torch.rand(2, 3, 64, 64)
+            >>> terms = FullGrad().terms(model, x, target=3)
+            >>> torch.allclose(sum(term.flatten(1).sum(dim=1) for term in terms), model(x)[:, 3], atol=1e-4)
+            True
+        """
+        terms: list[Tensor] = []
+        self._explain(model, x, target, terms)
+        return terms
+
+    def _explain(self, model: nn.Module, x: Tensor, target: Target | None, terms: list[Tensor]) -> Explanation:
+        check_images("x", x)
+        with outside_inference_mode():
+            check_inner_gradient(model, "FullGrad")
+            target = as_target(ordinary(target), len(x), x.device)
+            return checked(partial(self._pass, terms), model, x, target)
+
+    def _pass(self, terms: list[Tensor], model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        with kept_biases() as biases:
+            output = model(x.clone())  # which the model may change in place
+            logits = find_logits(output, self.output_fn, len(x))
+        target = target_of(target, ordinary(logits))
+        by_image, *by_result = score_gradients(logits, [x, *(bias.place for bias in biases)], target, create_graph=True)
+        if by_image is None:
+            raise RuntimeError(
+                "`model` must lead from its images to the logits through autograd; got one that cuts them off. Take "
+                "`detach`, `no_grad` and reentrant checkpoints out of it, or an explainer of one layer behind the cut, "
+                "such as GradCAM."
+            )
+        with without_autocast(x):
+            terms.append(by_image * x)
+            terms += [
+                gradient * bias.value()
+                for gradient, bias in zip(by_result, biases, strict=True)
+                if gradient is not None
+            ]
+            heatmap = full_grad(terms, (x.shape[2], x.shape[3]))
+        return Explanation(heatmap, logits, target, output)
