@@ -40,6 +40,8 @@ RECIPES = {
     "semi_supervised": {"labelled_images": 4, "unlabelled_images": 8, "epochs": 1, "batch_size": 4},
     "frozen_trunk": TINY,
     "segmentation_output": TINY,
+    "teacher": TINY,
+    "several_labels": TINY,
     "fastai_learner": TINY,
 }
 SCALARS = {"loss", "weight", "positive_similarity", "negative_similarity", "margin", "blank_share"}
