@@ -183,7 +183,7 @@ def test_training_of_another_study_counts_whatever_the_order_of_its_options(tmp_
 def test_documentation_holds_the_report_of_each_study(path):
     made, results = read_study(path), study.Results(results_of(path))
     report = study_report.study_report(made, study.runs_of(made, results))
-    pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
     assert [line for line in report.splitlines() if line.startswith("|") and line not in pages] == []
 
 
