@@ -15,8 +15,15 @@ from cgc_reg.explainers import (
 )
 from cgc_reg.explanation import Explainer, Explanation
 from cgc_reg.full_grad import FullGrad
-from cgc_reg.losses import info_nce, mse_consistency
-from cgc_reg.metrics import Consistency, ContentHeatmap, consistency, content_heatmap, pointing_game
+from cgc_reg.losses import energy_loss, info_nce, mse_consistency
+from cgc_reg.metrics import (
+    Consistency,
+    ContentHeatmap,
+    consistency,
+    content_heatmap,
+    object_coverage,
+    pointing_game,
+)
 from cgc_reg.model.suggest import suggest_target_layer
 from cgc_reg.model.wrappers import expose_layer
 from cgc_reg.regularizer import CGCOutput, CGCRegularizer
@@ -65,6 +72,7 @@ __all__ = [
     "confidence",
     "consistency",
     "content_heatmap",
+    "energy_loss",
     "explain",
     "expose_layer",
     "full_grad",
@@ -74,6 +82,7 @@ __all__ = [
     "info_nce",
     "layer_cam",
     "mse_consistency",
+    "object_coverage",
     "pointing_game",
     "positive_grad_cam",
     "suggest_target_layer",

@@ -1,4 +1,4 @@
-"""Pair losses: how far the transformed heatmap of an image is from the heatmap of the transformed image."""
+"""Losses of heatmaps: how far a pair of them is from being alike, and how far one is from lying on the object."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cgc_reg._checks import check_choice, check_pair, check_positive
+from cgc_reg._checks import check_choice, check_maps, check_pair, check_positive
 from cgc_reg._gather import gather
 from cgc_reg._precision import at_least_float32, without_autocast
+from cgc_reg.energy import Boxes, energies, energy_maps, has_object, object_masks, scaled_to_peak
 
 Negatives = Literal["keys", "official"]
 Reduction = Literal["mean", "sum", "none"]
@@ -105,6 +106,59 @@ def mse_consistency(query: Tensor, key: Tensor, *, reduction: Reduction = "mean"
         raise ValueError("`mse_consistency` must compare at least one pair of heatmaps; got an empty batch.")
     with without_autocast(query):
         return reduce((unit_maps(query) - unit_maps(key)).square().sum(dim=1), reduction)
+
+
+def energy_loss(
+    heatmap: Tensor,
+    masks: Tensor | None = None,
+    *,
+    boxes: Boxes | None = None,
+    image_size: tuple[int, int] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Keep the energy of each heatmap on the object.
+
+    .. math:: L_i = 1 - \frac{\sum_{uv} m_{uv} \, \mathrm{ReLU}(g_{uv})}{\sum_{uv} \mathrm{ReLU}(g_{uv})}
+
+    The heatmap g is first enlarged to the image's size, bilinearly. m is 1 on the object and 0 elsewhere. L is 1 less
+    what :func:`content_heatmap` measures, with a gradient. An image without an object counts for nothing, so that a
+    batch may hold images whose objects are not known. Nothing pulls a blank heatmap anywhere: it costs 1, and has a
+    gradient of zero.
+
+    Args:
+        heatmap: g, (n, h, w), in the graph, at any resolution.
+        masks: m, (n, H, W), bool or from 0 to 1; of integers, such as 0 and 255, all but 0 count as 1. Zeros
+            everywhere for an image without an object, or whose object is not known.
+        boxes: in place of masks, as for :func:`content_heatmap`: (n, 4), or a list of n tensors (k, 4); k is 0 for an
+            image without an object.
+        image_size: (H, W), with boxes: the image that they are measured in.
+        reduction: over the images with an object; 0 if there are none. ``"none"`` returns L, (n,), with 0 for an image
+            without an object.
+
+    Returns:
+        A scalar, or (n,); float32 or wider. Between 0 and 1, but for ``"sum"``.
+
+    Raises:
+        ValueError: a shape is wrong; both masks and boxes are given, or neither; boxes without an image size; or the
+            reduction is unknown.
+
+    Example:
+        >>> energy_loss(torch.ones(1, 7, 7), boxes=torch.tensor([[0, 0, 56, 224]]), image_size=(224, 224))
+        tensor(0.7500)
+
+    References:
+        Rao et al., Studying How to Efficiently and Effectively Guide Models with Explanations (ICCV 2023): the Energy
+        loss. They take it for each class that an image has, with the boxes of that class.
+    """
+    check_maps("heatmap", heatmap)
+    check_choice("reduction", reduction, get_args(Reduction))
+    masks = object_masks(heatmap, masks, boxes, image_size)
+    energy = scaled_to_peak(energy_maps(heatmap, (masks.shape[1], masks.shape[2])))
+    on_object, everywhere = energies(energy, masks)
+    share = on_object / everywhere.masked_fill(everywhere == 0, 1)
+    there = has_object(masks)
+    loss = (1 - share).masked_fill(~there, 0)
+    return loss.sum() / there.sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)
 
 
 def check_negatives(keys: int) -> None:

@@ -1,4 +1,4 @@
-"""How consistent heatmaps are, and how much of them lies on the object: of a batch, and of a whole data set."""
+"""How consistent heatmaps are, and how well they lie on the object: of a batch, and of a whole data set."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from cgc_reg._checks import check_maps, check_pair, check_positive, check_size, describe, is_number
-from cgc_reg._precision import at_least_float32, without_autocast
+from cgc_reg._checks import check_maps, check_pair, check_positive, describe, is_number
+from cgc_reg._precision import without_autocast
+from cgc_reg.energy import Boxes, energies, energy_maps, has_object, object_masks
 from cgc_reg.losses import info_nce, unit_maps
 
 Sums = dict[str, Any]  # name -> a scalar tensor on the maps' device, or a Python number
 
 OVER_IMAGES = ("positive_similarity", "blank_share")
 OVER_GROUPS = ("loss", "negative_similarity", "margin")
+ON_OBJECT = ("content_heatmap", "object_coverage")
 
 
 def content_heatmap(
     heatmaps: Tensor,
     masks: Tensor | None = None,
     *,
-    boxes: Tensor | None = None,
+    boxes: Boxes | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Tensor:
     r"""Measure the share of each heatmap's energy that lies on the object.
@@ -39,14 +40,16 @@ def content_heatmap(
     Args:
         heatmaps: g, (n, h, w), at any resolution.
         masks: m, (n, H, W), bool or from 0 to 1; of integers, such as 0 and 255, all but 0 count as 1.
-        boxes: one for each image, (n, 4): x_min, y_min, x_max, y_max in pixels of the image. m is 1 for the pixels
-            whose centre lies inside, x_min <= j + 0.5 < x_max. An annotation in whole pixels counted from 1, both ends
-            included (Pascal VOC, ImageNet), is the box (x_min - 1, y_min - 1, x_max, y_max).
+        boxes: one for each image, (n, 4), or a list of n tensors (k, 4), k boxes for an image, as detection targets
+            have them; k may be 0. A box is x_min, y_min, x_max, y_max in pixels of the image. m is 1 for the pixels
+            whose centre lies inside a box of the image, x_min <= j + 0.5 < x_max. An annotation in whole pixels counted
+            from 1, both ends included (Pascal VOC, ImageNet), is the box (x_min - 1, y_min - 1, x_max, y_max).
         image_size: (H, W), with boxes: the image that they are measured in.
 
     Returns:
-        (n,), from 0 to 1; NaN for a blank heatmap, which has no energy to share. :class:`ContentHeatmap` averages over
-        the others and reports the share of blank ones.
+        (n,), from 0 to 1; NaN for a blank heatmap, which has no energy to share, and for an image without an object:
+        a mask of zeros, or no box with a pixel inside. :class:`ContentHeatmap` averages over the others and reports the
+        shares of these.
 
     Raises:
         ValueError: a shape is wrong; both masks and boxes are given, or neither; or boxes without an image size.
@@ -59,12 +62,45 @@ def content_heatmap(
         Pillai and Pirsiavash, Explainable Models with Consistent Interpretations (AAAI 2021); Pillai et al., Consistent
         Explanations by Contrastive Learning (CVPR 2022), section 4.
     """
-    on_object, everywhere = _energies(heatmaps, masks, boxes, image_size)
-    return on_object / everywhere
+    return _content(*_energy_and_masks(heatmaps, masks, boxes, image_size))
+
+
+def object_coverage(
+    heatmaps: Tensor,
+    masks: Tensor | None = None,
+    *,
+    boxes: Boxes | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Tensor:
+    r"""Measure how much of each object its heatmap covers.
+
+    .. math:: \frac{\sum_{uv} m_{uv} \, \mathrm{ReLU}(g_{uv}) / \max_{pq} g_{pq}}{\sum_{uv} m_{uv}}
+
+    The heatmap g is first enlarged to the image's size, as for :func:`content_heatmap`, and then divided by its highest
+    value. The two go together as precision and recall do: a heatmap of one point in the middle of the object has all
+    its energy there and covers little, and a uniform one covers all of the object and of everything else.
+
+    Args:
+        heatmaps, masks, boxes, image_size: as for :func:`content_heatmap`.
+
+    Returns:
+        (n,), from 0 to 1; NaN for a blank heatmap, and for an image without an object. :class:`ContentHeatmap` averages
+        over the others.
+
+    Raises:
+        ValueError: as for :func:`content_heatmap`.
+
+    Example:
+        >>> object_coverage(torch.ones(1, 7, 7), boxes=torch.tensor([[0, 0, 56, 224]]), image_size=(224, 224))
+        tensor([1.])
+        >>> object_coverage(torch.eye(2)[None], torch.ones(1, 2, 2))
+        tensor([0.5000])
+    """
+    return _coverage(*_energy_and_masks(heatmaps, masks, boxes, image_size))
 
 
 class ContentHeatmap:
-    """Average :func:`content_heatmap` over a data set.
+    """Average :func:`content_heatmap` and :func:`object_coverage` over a data set.
 
     `update` never makes a GPU wait. `compute` returns Python numbers and changes nothing, so that updates may go on.
     Where torch.distributed is initialized it sums over all processes: each of them must call it, with or without an
@@ -75,7 +111,7 @@ class ContentHeatmap:
         >>> metric.update(torch.ones(2, 7, 7), boxes=torch.tensor([[0, 0, 56, 224]] * 2), image_size=(224, 224))
         >>> metric.update(torch.zeros(2, 7, 7), torch.ones(2, 224, 224))  # blank heatmaps
         >>> metric.compute()
-        {'content_heatmap': 0.25, 'blank_share': 0.5, 'count': 4}
+        {'content_heatmap': 0.25, 'object_coverage': 1.0, 'blank_share': 0.5, 'no_object_share': 0.0, 'count': 4}
     """
 
     def __init__(self) -> None:
@@ -83,36 +119,47 @@ class ContentHeatmap:
 
     def reset(self) -> None:
         """Forget all updates."""
-        self._sums: Sums = dict.fromkeys(("content_heatmap", "blank", "count"), 0)
+        self._sums: Sums = dict.fromkeys((*ON_OBJECT, "measured", "blank", "no_object", "count"), 0)
 
     def update(
         self,
         heatmaps: Tensor,
         masks: Tensor | None = None,
         *,
-        boxes: Tensor | None = None,
+        boxes: Boxes | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> None:
         """Take in a batch, with the arguments of :func:`content_heatmap`."""
-        on_object, everywhere = _energies(heatmaps, masks, boxes, image_size)
-        blank = everywhere == 0  # and not NaN, so that a heatmap with NaN shows
-        content = (on_object / everywhere).masked_fill(blank, 0)
-        self._sums = _added(self._sums, {"content_heatmap": content, "blank": blank, "count": len(heatmaps)})
+        energy, masks = _energy_and_masks(heatmaps, masks, boxes, image_size)
+        no_object = ~has_object(masks)
+        blank = energy.sum(dim=(1, 2)) == 0  # and not NaN, so that a heatmap with NaN shows
+        left_out = no_object | blank
+        batch: dict[str, Tensor | int] = {
+            "content_heatmap": _content(energy, masks).masked_fill(left_out, 0),
+            "object_coverage": _coverage(energy, masks).masked_fill(left_out, 0),
+            "measured": ~left_out,
+            "blank": blank,
+            "no_object": no_object,
+            "count": len(heatmaps),
+        }
+        self._sums = _added(self._sums, batch)
 
     def compute(self) -> dict[str, float]:
         """Return what all updates of all processes come to.
 
         Returns:
-            ``content_heatmap``, the mean over heatmaps that are not blank (NaN if all are), from 0 to 1;
-            ``blank_share``, the share of those without a positive value; ``count``, the number of heatmaps.
+            ``content_heatmap`` and ``object_coverage``, the means over heatmaps that are not blank, of images with an
+            object (NaN if there are none), from 0 to 1; ``blank_share``, the share of heatmaps without a positive
+            value; ``no_object_share``, the share of images without an object; ``count``, the number of heatmaps.
 
         Raises:
             RuntimeError: no process has had a heatmap.
         """
         total = _over_processes(self._sums)
         return {
-            "content_heatmap": _ratio(total["content_heatmap"], total["count"] - total["blank"]),
+            **{name: _ratio(total[name], total["measured"]) for name in ON_OBJECT},
             "blank_share": total["blank"] / total["count"],
+            "no_object_share": total["no_object"] / total["count"],
             "count": total["count"],
         }
 
@@ -121,7 +168,7 @@ def pointing_game(
     heatmaps: Tensor,
     masks: Tensor | None = None,
     *,
-    boxes: Tensor | None = None,
+    boxes: Boxes | None = None,
     image_size: tuple[int, int] | None = None,
     tolerance: float = 15,
 ) -> Tensor:
@@ -139,7 +186,8 @@ def pointing_game(
             quarter of the side.
 
     Returns:
-        (n,), 1 for a hit and 0 for a miss; NaN for a blank heatmap, which has no highest point.
+        (n,), 1 for a hit and 0 for a miss; NaN for a blank heatmap, which has no highest point, and for an image
+        without an object.
 
     Raises:
         ValueError: as for :func:`content_heatmap`, or the tolerance is negative.
@@ -159,7 +207,7 @@ def pointing_game(
         raise ValueError(f"`tolerance` must be a number of at least 0, in pixels; got {describe(tolerance)}.")
     check_maps("heatmaps", heatmaps)
     with torch.no_grad():
-        masks = _object_masks(len(heatmaps), masks, boxes, image_size)
+        masks = object_masks(heatmaps, masks, boxes, image_size)
         h, w = heatmaps.shape[1:]
         height, width = masks.shape[1:]
         highest, cell = heatmaps.flatten(1).max(dim=1)
@@ -167,52 +215,29 @@ def pointing_game(
         rows, columns = (torch.arange(side, device=cell.device) + 0.5 for side in (height, width))
         squared = (rows - y[:, None]).square()[:, :, None] + (columns - x[:, None]).square()[:, None, :]
         hit = ((squared <= tolerance**2) & (masks > 0)).flatten(1).any(dim=1)
-        return hit.float().masked_fill(~(highest > 0), float("nan"))
+        return hit.float().masked_fill(~((highest > 0) & has_object(masks)), float("nan"))
 
 
-def box_masks(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Mark the pixels whose centres lie in a box: (n, 4) to bool (n, H, W)."""
-    y, x = (torch.arange(side, device=boxes.device, dtype=torch.float32) + 0.5 for side in image_size)
-    x_min, y_min, x_max, y_max = boxes[:, :, None].unbind(dim=1)
-    rows, columns = (y_min <= y) & (y < y_max), (x_min <= x) & (x < x_max)
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def _energies(
-    heatmaps: Tensor, masks: Tensor | None, boxes: Tensor | None, image_size: tuple[int, int] | None
+def _energy_and_masks(
+    heatmaps: Tensor, masks: Tensor | None, boxes: Boxes | None, image_size: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return each heatmap's energy on the object and in all, (n,) both."""
+    """Return ReLU(g) at the image's size, and m, both (n, H, W)."""
     check_maps("heatmaps", heatmaps)
-    with torch.no_grad(), without_autocast(heatmaps):
-        masks = _object_masks(len(heatmaps), masks, boxes, image_size)
-        size = (masks.shape[1], masks.shape[2])
-        energy = F.interpolate(at_least_float32(heatmaps)[:, None], size, mode="bilinear", align_corners=False)[
-            :, 0
-        ].relu()
-        return (energy * masks).sum(dim=(1, 2)), energy.sum(dim=(1, 2))
+    with torch.no_grad():
+        masks = object_masks(heatmaps, masks, boxes, image_size)
+        return energy_maps(heatmaps, (masks.shape[1], masks.shape[2])), masks
 
 
-def _object_masks(n: int, masks: Tensor | None, boxes: Tensor | None, image_size: tuple[int, int] | None) -> Tensor:
-    """Return the masks, or those of the boxes."""
-    if (masks is None) == (boxes is None):
-        raise ValueError(
-            f"Exactly one of `masks` and `boxes` must be given; got {'neither' if masks is None else 'both'}. Pass "
-            "`masks` for outlines or several boxes of an image, and `boxes` with `image_size` for one box of each."
-        )
-    if boxes is not None:
-        if not isinstance(boxes, Tensor) or boxes.shape != (n, 4):
-            raise ValueError(
-                f"`boxes` must be of shape ({n}, 4): x_min, y_min, x_max, y_max for each heatmap; got "
-                f"{describe(boxes)}. Pass `masks` for images with several boxes."
-            )
-        return box_masks(boxes, check_size("image_size", image_size))
-    if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != n:
-        raise ValueError(f"`masks` must be of shape ({n}, H, W); got {describe(masks)}.")
-    if image_size is not None:
-        raise ValueError(
-            f"`image_size` must be given with `boxes` alone; got {describe(image_size)} with masks. Leave it out."
-        )
-    return masks if masks.is_floating_point() else masks != 0
+def _content(energy: Tensor, masks: Tensor) -> Tensor:
+    """Divide the energy on the object by all energy, which gives NaN where there is none."""
+    on_object, everywhere = energies(energy, masks)
+    return (on_object / everywhere).masked_fill(~has_object(masks), float("nan"))
+
+
+def _coverage(energy: Tensor, masks: Tensor) -> Tensor:
+    """Average the energy over the object, in units of its peak: NaN where one of them is nothing."""
+    on_object = energy / energy.amax(dim=(1, 2), keepdim=True) * masks
+    return on_object.sum(dim=(1, 2)) / masks.sum(dim=(1, 2), dtype=on_object.dtype)
 
 
 def consistency(query: Tensor, key: Tensor) -> dict[str, Tensor]:

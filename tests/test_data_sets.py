@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from cgc_reg import content_heatmap
-from cgc_reg.metrics import box_masks
+from cgc_reg.energy import box_masks
 from lab import image_data, measures, options, shapes
 from lab import train as lab_train
 from lab.checkpoint import load_checkpoint
@@ -191,9 +191,9 @@ def test_boxes_turn_with_their_image(birds, kind, orientation):
 
 def test_a_pixel_is_in_the_box_when_its_centre_is():
     # Centres lie at 0.5, 1.5, 2.5; one on the left or upper edge counts, one on the right or lower edge does not.
-    mask = box_masks(torch.tensor([[0.5, 1.5, 2.4, 2.5]]), (3, 4))[0]
+    mask = box_masks(torch.tensor([[[0.5, 1.5, 2.4, 2.5]]]), (3, 4))[0]
     assert mask.tolist() == [[False] * 4, [True, True, False, False], [False] * 4]
-    assert box_masks(torch.tensor([[0.6, 0.5, 2.5, 1.6]]), (2, 3))[0].tolist() == [[False, True, False]] * 2
+    assert box_masks(torch.tensor([[[0.6, 0.5, 2.5, 1.6]]]), (2, 3))[0].tolist() == [[False, True, False]] * 2
 
 
 def test_cub200_training_measures_the_content_heatmap_in_boxes(birds, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import laws, noise, seeds, sizes, uniform
 
-from cgc_reg import Consistency, ContentHeatmap, consistency, content_heatmap, pointing_game
+from cgc_reg import Consistency, ContentHeatmap, consistency, content_heatmap, object_coverage, pointing_game
 
 LEFT = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])  # one lit pixel, top left
 RIGHT = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
@@ -97,10 +97,11 @@ def test_content_refuses_masks_of_other_shapes(masks):
 def test_content_needs_either_masks_or_boxes(arguments, message):
     metric = ContentHeatmap()
     metric.update(LEFT, LEFT)
-    for measure in (content_heatmap, metric.update):
+    before = metric.compute()
+    for measure in (content_heatmap, object_coverage, pointing_game, metric.update):
         with pytest.raises(ValueError, match=message):
             measure(LEFT, **arguments)
-    assert metric.compute() == {"content_heatmap": 1, "blank_share": 0, "count": 1}
+    assert metric.compute() == before
 
 
 def test_content_of_a_box_by_hand():
@@ -120,7 +121,7 @@ def test_boxes_are_the_masks_that_they_describe(seed, size, corners, whole):
                 masks[i, y, x] = x_min <= x + 0.5 < x_max and y_min <= y + 0.5 < y_max
     heatmaps = noise(seed, len(boxes), 3, 2)
     content = content_heatmap(heatmaps, boxes=boxes, image_size=size)
-    torch.testing.assert_close(content, content_heatmap(heatmaps, masks), rtol=0, atol=0)
+    torch.testing.assert_close(content, content_heatmap(heatmaps, masks), rtol=0, atol=0, equal_nan=True)
 
 
 def torchray_content(heatmap, annotation, size):
@@ -160,6 +161,53 @@ def test_authors_score_a_blank_heatmap_as_a_uniform_one():
     assert content_heatmap(torch.zeros(1, 1, 2), boxes=torch.tensor([[0, 0, 1, 2]]), image_size=(2, 4)).isnan()
 
 
+# ---- object coverage
+
+
+@laws
+@given(seeds, st.integers(1, 3), sizes(high=4), sizes(high=9))
+def test_coverage_equals_a_loop_over_pixels(seed, n, grid, size):
+    heatmaps, share = noise(seed, n, *grid) - 0.3, noise(seed + 1, n, *size)
+    masks = share * (share > 0.6)
+    large = F.interpolate(heatmaps[:, None], size, mode="bilinear")[:, 0]
+    for i, coverage in enumerate(object_coverage(heatmaps, masks).tolist()):
+        energy, mask = (value.flatten().tolist() for value in (large[i], masks[i]))
+        peak, expected = max(energy), math.nan
+        if peak > 0 and sum(mask) > 0:
+            expected = sum(m * max(e, 0) / peak for e, m in zip(energy, mask, strict=True)) / sum(mask)
+        assert coverage == pytest.approx(expected, nan_ok=True)
+
+
+def test_coverage_and_content_are_recall_and_precision():
+    """Of a heatmap that is 0 or 1, content is the share of it on the object, and coverage the share of the object."""
+    # Nine pixels are lit, the object has six, and four of these are lit.
+    heatmap, mask = torch.zeros(1, 4, 5), torch.zeros(1, 4, 5)
+    heatmap[0, :3, :3] = 1
+    mask[0, 1:3, 1:4] = 1
+    assert content_heatmap(heatmap, mask).item() == pytest.approx(4 / 9)
+    assert object_coverage(heatmap, mask).item() == pytest.approx(4 / 6)
+
+
+@laws
+@given(seeds, st.floats(1e-30, 1e30), sizes(high=4))
+def test_coverage_ignores_the_scale_of_a_heatmap(seed, scale, grid):
+    heatmaps, masks = noise(seed, 2, *grid), noise(seed + 1, 2, 6, 6)
+    torch.testing.assert_close(object_coverage(scale * heatmaps, masks), object_coverage(heatmaps, masks))
+
+
+@laws
+@given(seeds, st.integers(1, 4), st.integers(1, 4))
+def test_uniform_heatmap_covers_any_object(seed, h, w):
+    masks = noise(seed, 3, 6, 6)
+    torch.testing.assert_close(object_coverage(torch.ones(3, h, w), masks), torch.ones(3).double())
+
+
+def test_coverage_of_a_blank_heatmap_is_nan_and_leaves_others_alone():
+    coverage = object_coverage(torch.cat([LEFT, BLANK, -LEFT]), torch.ones(3, 2, 2))
+    assert coverage[0] == 0.25
+    assert coverage[1:].isnan().all()
+
+
 # ---- pointing game
 
 
@@ -173,13 +221,13 @@ def reaches(point, mask, tolerance):
 @laws
 @given(seeds, sizes(high=4), sizes(), uniform(0, 6))
 def test_pointing_game_equals_a_search_around_the_highest_cell(seed, grid, size, tolerance):
-    heatmaps, share = noise(seed, 3, *grid), noise(seed, 3, *size)
-    masks = share * (share > 1.2)
+    heatmaps, share = noise(seed, 3, *grid), noise(seed + 1, 3, *size)
+    masks = share * (share > 0.8)
     expected = []
     for heatmap, mask in zip(heatmaps, masks, strict=True):
         row, column = divmod(int(heatmap.argmax()), grid[1])
         point = (row + 0.5) * (size[0] / grid[0]), (column + 0.5) * (size[1] / grid[1])
-        expected.append(float(reaches(point, mask, tolerance)) if heatmap.max() > 0 else math.nan)
+        expected.append(float(reaches(point, mask, tolerance)) if mask.any() else math.nan)
     hits = pointing_game(heatmaps, masks, tolerance=tolerance)
     torch.testing.assert_close(hits, torch.tensor(expected), equal_nan=True)
 
@@ -344,11 +392,13 @@ def test_consistency_over_a_data_set_equals_a_loop_however_it_is_batched(seed, n
 @given(seeds, st.integers(1, 9), splits)
 def test_content_over_a_data_set_is_the_mean_however_it_is_batched(seed, n, splits):
     heatmaps, _ = maps_with_blanks(seed, n)
-    masks = noise(seed + 2, n, 4, 6)
+    masks = noise(seed + 2, n, 4, 6) * (noise(seed + 3, n, 1, 1) > 0.2)
     content = content_heatmap(heatmaps, masks)
     expected = {
         "content_heatmap": content.nanmean().item(),
-        "blank_share": content.isnan().double().mean().item(),
+        "object_coverage": object_coverage(heatmaps, masks).nanmean().item(),
+        "blank_share": mean([float(not one.any()) for one in heatmaps]),
+        "no_object_share": mean([float(not one.any()) for one in masks]),
         "count": n,
     }
     assert measured(ContentHeatmap(), heatmaps, masks, splits=splits) == same(expected)
@@ -399,9 +449,16 @@ def test_without_a_full_group_there_is_no_loss():
 def test_blank_heatmaps_are_counted_apart():
     heatmaps = torch.cat([LEFT, BLANK, -LEFT, RIGHT])
     found = measured(ContentHeatmap(), heatmaps, LEFT.expand(4, 2, 2))
-    assert found == {"content_heatmap": 0.5, "blank_share": 0.5, "count": 4}
+    # LEFT has all of its energy on the object and covers it, and RIGHT none of both.
+    assert found == {
+        "content_heatmap": 0.5,
+        "object_coverage": 0.5,
+        "blank_share": 0.5,
+        "no_object_share": 0,
+        "count": 4,
+    }
     alone = measured(ContentHeatmap(), BLANK, LEFT)
-    assert math.isnan(alone["content_heatmap"])
+    assert math.isnan(alone["content_heatmap"] + alone["object_coverage"])
     assert (alone["blank_share"], alone["count"]) == (1, 1)
     assert measured(Consistency(), torch.cat([LEFT, BLANK]), torch.cat([LEFT, RIGHT]))["blank_share"] == 0.25
 
@@ -409,6 +466,7 @@ def test_blank_heatmaps_are_counted_apart():
 def test_heatmaps_with_nan_are_not_taken_for_blank_ones():
     found = measured(ContentHeatmap(), torch.cat([LEFT, math.nan * LEFT]), torch.ones(2, 2, 2))
     assert math.isnan(found["content_heatmap"])
+    assert math.isnan(found["object_coverage"])
     assert found["blank_share"] == 0
 
 

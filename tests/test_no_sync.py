@@ -8,7 +8,15 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cgc_reg import CGCRegularizer, Consistency, ContentHeatmap, RandomAffine, RandomResizedCropFlip
+from cgc_reg import (
+    CGCRegularizer,
+    Consistency,
+    ContentHeatmap,
+    GradCAM,
+    RandomAffine,
+    RandomResizedCropFlip,
+    energy_loss,
+)
 
 
 class NoCPUTensor(TorchDispatchMode):
@@ -54,6 +62,18 @@ def test_measuring_runs_without_values():
             pairs.update(query, key)
             content.update(query, key)
             content.update(query, boxes=boxes, image_size=(64, 64))
+            content.update(query, boxes=[boxes[:2]] * 5, image_size=(64, 64))
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes"])
+def test_guidance_runs_without_values(kind):
+    with torch.device("meta"):
+        model = torchvision.models.resnet18(num_classes=10)
+        x, masks, boxes = torch.empty(4, 3, 64, 64), torch.empty(4, 64, 64), torch.empty(2, 4)
+    where = {"masks": masks} if kind == "masks" else {"boxes": [boxes] * 4, "image_size": (64, 64)}
+    with NoCPUTensor():
+        energy_loss(GradCAM("layer4")(model, x).heatmap, **where).backward()
+    assert model.conv1.weight.grad.device.type == "meta"
 
 
 def test_the_mode_would_notice():

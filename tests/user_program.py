@@ -18,6 +18,7 @@ from cgc_reg import (
     RandomAffine,
     SpatialTransform,
     content_heatmap,
+    energy_loss,
     explain,
 )
 from cgc_reg.visualization import gallery, overlay, pair_columns
@@ -51,7 +52,9 @@ def heatmap_step(model: nn.Module, x: Tensor, y: Tensor, masks: Tensor) -> Tenso
         both: Tensor = seen.heatmap + g(model, x, [0, 1]).heatmap + CAM("layer4", head="fc")(model, x, 3).heatmap
     explainers: list[Explainer] = [g, saliency, LayerExplainer(None, my_rule)]
     consistent = [CGCRegularizer(explainer)(model, x) for explainer in explainers]
-    return cross_entropy(seen.logits, y) + (both * ~masks).mean() + torch.stack(consistent).sum()
+    boxes = [torch.ones(k, 4) for k in range(len(x))]
+    guided = energy_loss(seen.heatmap, masks) + energy_loss(both, boxes=boxes, image_size=(64, 64))
+    return cross_entropy(seen.logits, y) + guided + torch.stack(consistent).sum()
 
 
 def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cgc_reg import folders, visualization
 from cgc_reg import images as image_files
-from cgc_reg.metrics import box_masks
+from cgc_reg.energy import box_masks
 from lab import processes
 from lab.shapes import CLASSES, Shapes
 
@@ -156,7 +156,7 @@ class ImageFiles(Dataset[Any]):
         turned = turn_boxes(self.boxes[index], path, image.width, image.height)
         boxes = tv_tensors.BoundingBoxes(turned, format="XYXY", canvas_size=(image.height, image.width))
         image, boxes = self.transform(image, boxes)
-        return image, label, box_masks(boxes, image.shape[1:]).any(dim=0)
+        return image, label, box_masks(boxes[None], image.shape[1:])[0]
 
 
 def turn_boxes(
