@@ -38,7 +38,8 @@ from cgc_reg.rules import (
     positive_grad_cam,
     xgrad_cam,
 )
-from cgc_reg.transforms import RandomAffine, RandomResizedCropFlip, SpatialTransform, TransformSampler
+from cgc_reg.samplers import RandomAffine, RandomResizedCropFlip, TransformSampler
+from cgc_reg.transforms import SpatialTransform
 from cgc_reg.weightings import confidence
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as TF
 
 from cgc_reg._checks import check_sampler, check_size, describe
 from cgc_reg.images import as_shown, pixels
-from cgc_reg.transforms import RandomResizedCropFlip, TransformSampler
+from cgc_reg.samplers import RandomResizedCropFlip, TransformSampler
 
 
 class ContrastiveTransforms:

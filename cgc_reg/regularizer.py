@@ -36,7 +36,8 @@ from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.state import BatchNormMode
 from cgc_reg.model.wrappers import inside_data_parallel
 from cgc_reg.official import IMAGE_SIZE, official_heatmap, official_mse
-from cgc_reg.transforms import RandomResizedCropFlip, SpatialTransform, TransformSampler
+from cgc_reg.samplers import RandomResizedCropFlip, TransformSampler
+from cgc_reg.transforms import SpatialTransform
 from cgc_reg.weightings import Weighting, confidence
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
