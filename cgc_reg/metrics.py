@@ -106,6 +106,10 @@ class ContentHeatmap:
     Where torch.distributed is initialized it sums over all processes: each of them must call it, with or without an
     update of its own.
 
+    Attributes:
+        sums: of this process: name -> a number, or a scalar tensor on the heatmaps' device. :meth:`result` makes of
+            them, added up over processes, what :meth:`compute` returns.
+
     Example:
         >>> metric = ContentHeatmap()
         >>> metric.update(torch.ones(2, 7, 7), boxes=torch.tensor([[0, 0, 56, 224]] * 2), image_size=(224, 224))
@@ -119,7 +123,7 @@ class ContentHeatmap:
 
     def reset(self) -> None:
         """Forget all updates."""
-        self._sums: Sums = dict.fromkeys((*ON_OBJECT, "measured", "blank", "no_object", "count"), 0)
+        self.sums: Sums = dict.fromkeys((*ON_OBJECT, "measured", "blank", "no_object", "count"), 0)
 
     def update(
         self,
@@ -142,7 +146,7 @@ class ContentHeatmap:
             "no_object": no_object,
             "count": len(heatmaps),
         }
-        self._sums = _added(self._sums, batch)
+        self.sums = _added(self.sums, batch)
 
     def compute(self) -> dict[str, float]:
         """Return what all updates of all processes come to.
@@ -155,11 +159,15 @@ class ContentHeatmap:
         Raises:
             RuntimeError: no process has had a heatmap.
         """
-        total = _over_processes(self._sums)
+        return self.result(_over_processes(self.sums))
+
+    @staticmethod
+    def result(total: Mapping[str, float]) -> dict[str, float]:
+        """Return what sums come to, which were added up over processes elsewhere; see :meth:`compute`."""
         return {
             **{name: _ratio(total[name], total["measured"]) for name in ON_OBJECT},
-            "blank_share": total["blank"] / total["count"],
-            "no_object_share": total["no_object"] / total["count"],
+            "blank_share": _ratio(total["blank"], total["count"]),
+            "no_object_share": _ratio(total["no_object"], total["count"]),
             "count": total["count"],
         }
 
@@ -316,7 +324,7 @@ class Consistency:
 
     def reset(self) -> None:
         """Forget all updates."""
-        self._sums: Sums = dict.fromkeys((*OVER_GROUPS, "groups", *OVER_IMAGES, "count"), 0)
+        self.sums: Sums = dict.fromkeys((*OVER_GROUPS, "groups", *OVER_IMAGES, "count"), 0)
         self._waiting: tuple[Tensor, Tensor] | None = None
 
     def update(self, query: Tensor, key: Tensor) -> None:
@@ -341,13 +349,13 @@ class Consistency:
             return
         with torch.no_grad():
             batch = consistency(query, key)
-            sums = _added(self._sums, {name: n * batch[name] for name in OVER_IMAGES} | {"count": n})
+            sums = _added(self.sums, {name: n * batch[name] for name in OVER_IMAGES} | {"count": n})
             q, k = torch.cat([q, query]), torch.cat([k, key])
             while len(q) >= self.batch_size:
                 (group_q, q), (group_k, k) = (maps.tensor_split([self.batch_size]) for maps in (q, k))
                 group = consistency(group_q, group_k) | {"loss": info_nce(group_q, group_k, self.temperature)}
                 sums = _added(sums, {name: group[name] for name in OVER_GROUPS} | {"groups": 1})
-        self._sums, self._waiting = sums, (q, k)
+        self.sums, self._waiting = sums, (q, k)
 
     def compute(self) -> dict[str, float]:
         """Return what all updates of all processes come to.
@@ -360,7 +368,11 @@ class Consistency:
         Raises:
             RuntimeError: no process has had a heatmap.
         """
-        total = _over_processes(self._sums)
+        return self.result(_over_processes(self.sums))
+
+    @staticmethod
+    def result(total: Mapping[str, float]) -> dict[str, float]:
+        """Return what sums come to, which were added up over processes elsewhere; see :meth:`compute`."""
         return {
             **{name: _ratio(total[name], total["groups"]) for name in OVER_GROUPS},
             **{name: _ratio(total[name], total["count"]) for name in OVER_IMAGES},
@@ -395,5 +407,5 @@ def _over_processes(sums: Sums) -> dict[str, Any]:
     return total
 
 
-def _ratio(total: float, count: int) -> float:
+def _ratio(total: float, count: float) -> float:
     return total / count if count else float("nan")

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 import cgc_reg
-from cgc_reg import CGCRegularizer, folders, images, visualization
+from cgc_reg import CGCRegularizer, folders, images, torchmetrics, visualization
 from tests.pages import run_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def test_reference_has_each_public_name():
     page = PAGES["api.md"].read_text()
     in_modules = [
         f"{module.__name__}.{name}"
-        for module in (folders, images, visualization)
+        for module in (folders, images, torchmetrics, visualization)
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
     ]

@@ -559,9 +559,9 @@ def test_sums_are_kept_in_float64():
     # In float32 the sum stops growing at 2 ** 24.
     metric = ContentHeatmap()
     metric.update(LEFT, LEFT)
-    metric._sums["content_heatmap"] += 2**24
+    metric.sums["content_heatmap"] += 2**24
     metric.update(LEFT, LEFT)
-    assert metric._sums["content_heatmap"].item() == 2**24 + 2
+    assert metric.sums["content_heatmap"].item() == 2**24 + 2
 
 
 # ---- in two processes
