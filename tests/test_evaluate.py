@@ -88,12 +88,13 @@ def test_two_models_are_evaluated_side_by_side(checkpoints, tmp_path, capsys):
     evaluate.main([*checkpoints, "--out", str(picture), "--json", str(found), "--batch-size", "4"])
     printed = capsys.readouterr().out
     assert printed.startswith("| validation | cross-entropy | cgc |")
-    for title in ("top-1 accuracy", "content heatmap", "pointing game", "insertion area", "heatmaps of a random model"):
+    titles = ["top-1 accuracy", "content heatmap", "object coverage", "pointing game", "insertion area"]
+    for title in (*titles, "heatmaps of a random model"):
         assert title in printed
     assert picture.stat().st_size > 10_000
     values = json.loads(found.read_text())
     trained = torch.load(checkpoints[1], weights_only=True)["history"][-1]
-    for name in ("top1", "cgc", "content_heatmap", "pointing_game"):
+    for name in ("top1", "cgc", "content_heatmap", "object_coverage", "pointing_game"):
         assert values["cgc"][name] == pytest.approx(trained[f"val_{name}"], abs=1e-5)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, default_collate
 
-from cgc_reg import CGCRegularizer, content_heatmap, explain
+from cgc_reg import CGCRegularizer, content_heatmap, explain, object_coverage
 from lab import image_data
 from lab import train as lab_train
 from lab.checkpoint import load_checkpoint
@@ -208,6 +208,7 @@ def test_validation_is_that_of_one_process_over_all_images(whole):
             [(logits.argmax(dim=1) == y)[y == c].float().mean() for c in y.unique()]
         ).mean(),
         "val_content_heatmap": on_object.nanmean(),
+        "val_object_coverage": object_coverage(explain(model, x, saved["layer"]), mask).nanmean(),
         "val_mostly_off_object": 1 - (on_object >= 0.5).float().mean(),
         "val_cgc": torch.stack([cgc_of_share(model, saved["layer"], validation, i) for i in range(PROCESSES)]).mean(),
     }

@@ -21,6 +21,7 @@ TITLES = {
     "margin": "margin over other images",
     "blank_share": "blank heatmaps",
     "content_heatmap": "content heatmap",
+    "object_coverage": "object coverage",
     "mostly_off_object": "heatmaps mostly off the object",
     "pointing_game": "pointing game",
     "insertion": "insertion area",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgc_reg import CGCRegularizer, Consistency, Explainer, content_heatmap, pointing_game
+from cgc_reg import CGCRegularizer, Consistency, Explainer, content_heatmap, object_coverage, pointing_game
 from lab import processes
 
 TOLERANCE = 15 / 224  # of the pointing game, as a share of the image's side
@@ -73,7 +73,12 @@ def add_on_object(total: Mean, heatmaps: Tensor, masks: Tensor) -> None:
     """Add how far a batch's heatmaps lie on the objects."""
     on_object = content_heatmap(heatmaps, masks)
     hits = pointing_game(heatmaps, masks, tolerance=TOLERANCE * masks.shape[-1])
-    total.add(int((~on_object.isnan()).sum()), content_heatmap=on_object.nanmean(), pointing_game=hits.nanmean())
+    total.add(
+        int((~on_object.isnan()).sum()),
+        content_heatmap=on_object.nanmean(),
+        object_coverage=object_coverage(heatmaps, masks).nanmean(),
+        pointing_game=hits.nanmean(),
+    )
     total.add(len(heatmaps), mostly_off_object=(~(on_object >= 0.5)).float().mean())
 
 
