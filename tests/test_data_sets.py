@@ -82,6 +82,71 @@ def test_shapes_masks_lie_on_the_object():
             assert inside < outside
 
 
+def test_masks_of_training_images_are_flipped_with_them():
+    plain = image_data.load_shapes(image_size=16, seed=0, train=32, validation=1)
+    data = image_data.load_shapes(image_size=16, seed=0, train=32, validation=1, train_masks=True)
+    flips = 0
+    for i in range(32):
+        torch.manual_seed(i)
+        image, label, mask = data.train[i]
+        torch.manual_seed(i)
+        assert torch.equal(image, plain.train[i][0])  # with a mask or without one
+        assert label == plain.train[i][1]
+        whole = image_data.denormalize(image) * 255
+        flipped = not torch.allclose(whole, data.train.images[i].float(), atol=1e-3)
+        assert type(mask) is torch.Tensor
+        assert torch.equal(mask, data.train.masks[i].flip(1) if flipped else data.train.masks[i])
+        flips += flipped
+    assert 0 < flips < 32
+
+
+def test_masks_are_known_for_the_asked_share_of_each_class():
+    data = image_data.load_shapes(image_size=16, seed=0, train=128, validation=1, train_masks=True)
+    guided, again = (image_data.known_masks(data, 0.25, seed=3).train for _ in range(2))
+    known = [i for i in range(128) if guided[i][2].any()]
+    assert known == [i for i in range(128) if again[i][2].any()]
+    assert known != [i for i, item in enumerate(image_data.known_masks(data, 0.25, seed=4).train) if item[2].any()]
+    of_class = Counter(data.labels)
+    assert Counter(data.labels[i] for i in known) == {label: round(count / 4) for label, count in of_class.items()}
+    assert len(guided) == 128
+    # They are the images' own masks.
+    plain = image_data.Data(data.train.images, None, data.classes, data.labels)
+    assert sorted(image_data.split_labeled(plain, 0.25, seed=3)[0].indices) == known
+    assert guided[known[0]][2].sum() == data.train.masks[known[0]].sum()
+
+
+def test_context_changes_the_tint_of_backgrounds_alone():
+    plain, label, mask = shapes.draw_shapes(64, size=32, seed=5)
+    tinted, same_label, same_mask = shapes.draw_shapes(64, size=32, seed=5, context=1)
+    assert torch.equal(same_label, label)
+    assert torch.equal(same_mask, mask)
+    moved = (tinted.int() - plain.int()).flatten(2)
+    tint = 255 * shapes.tints()
+    for i in range(64):
+        background = moved[i].abs().amax(dim=0) > 5
+        assert 0.3 < background.float().mean() < 1  # the rest is covered
+        if list(shapes.CLASSES)[label[i]] != "ring":  # in whose hole the background shows
+            assert not (background & mask[i].flatten()).any()
+        # But for pixels that were as dark or as bright as can be.
+        median = moved[i][:, background].float().median(dim=1).values
+        torch.testing.assert_close(median, tint[label[i]], rtol=0, atol=1.0)
+
+
+def test_context_goes_with_the_class_in_training_alone():
+    data = load("shapes_context", None)
+    plain = load("shapes", None)
+    tint = 255 * shapes.tints()
+    for part, other, share in ((data.train, plain.train, 0.95 + 0.05 / 7), (data.validation, plain.validation, 1 / 7)):
+        assert part.labels.tolist() == other.labels.tolist()
+        moved = (part.images.float() - other.images.float()).flatten(2)
+        seen = moved.abs().amax(dim=1) > 5
+        assert seen.any(dim=1).all()
+        mean = (moved * seen[:, None]).sum(dim=2) / seen.sum(dim=1, keepdim=True)
+        nearest = torch.cdist(mean, tint).argmin(dim=1)
+        # The standard error of a share of 1,024 images is at most 0.016.
+        assert (nearest == part.labels).float().mean().item() == pytest.approx(share, abs=0.05)
+
+
 # ---- Imagenette, and folders like it
 
 
@@ -478,6 +543,7 @@ def test_help_names_every_data_set(capsys, monkeypatch):
         ("imagenette", 128),
         ("imagenette --size full", 224),
         ("shapes", 64),
+        ("shapes_context", 64),
         ("cub200", 224),
         ("elpv", 128),
         ("some/folder", 224),

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from lab import image_data, jobs, side_by_side
+from lab import epoch, image_data, jobs, side_by_side
 from lab import train as lab_train
 from lab.checkpoint import write_whole
 from lab.data_sets import load_data
@@ -143,7 +143,9 @@ def test_shapes_training_measures_the_content_heatmap(tmp_path, monkeypatch):
     small = image_data.load_shapes(image_size=32, seed=0, train=16, validation=8)
     monkeypatch.setattr(lab_train, "load_data", lambda *_, **__: small)
     train("--data", "shapes", "--out", tmp_path, "--epochs", "1")
-    assert 0 < history(tmp_path / "cgc")[0]["val_content_heatmap"] < 1
+    (row,) = history(tmp_path / "cgc")
+    assert 0 < row["val_content_heatmap"] < 1
+    assert 0 < row["val_object_coverage"] < 1
 
 
 def test_shapes_are_as_many_as_asked_for(folder, tmp_path, capsys, monkeypatch):
@@ -159,9 +161,80 @@ def test_shapes_are_as_many_as_asked_for(folder, tmp_path, capsys, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("options", [[], ["--labeled-fraction", "0.5"], ["--amp", "--cross-entropy-views", "2"]])
-def test_resumed_run_ends_bit_identical(folder, tmp_path, capsys, options):
-    common = ["--data", folder, *options]
+@pytest.fixture
+def _few_shapes(monkeypatch):
+    """Draw few of the shapes that are asked for, with their masks where those are."""
+
+    def load_few(name, *, seed, train_masks, **_):
+        context = 0.9 if name == "shapes_context" else None
+        return image_data.load_shapes(
+            image_size=32, seed=seed, train=28, validation=8, train_masks=train_masks, context=context
+        )
+
+    monkeypatch.setattr(lab_train, "load_data", load_few)
+
+
+GUIDED = ["--data", "shapes_context", "--guidance", "1", "--guided-fraction", "0.25"]
+
+
+@pytest.mark.usefixtures("_few_shapes")
+@pytest.mark.parametrize("options", [["--lam", "0"], ["--lam", "0.5"], ["--official"], ["--cgc-every", "2"]], ids=str)
+def test_guidance_trains_beside_each_loss(tmp_path, options):
+    weights = {}
+    for name, guided in (("plain", ["--data", "shapes_context"]), ("guided", GUIDED)):
+        train(*guided, *options, "--out", tmp_path / name, "--epochs", "2")
+        (run,) = (tmp_path / name).iterdir()
+        weights[name] = checkpoint(run / "last.pt")["model"]["layer4.0.conv1.weight"]
+        rows = history(run)
+        assert ["train_energy" in row for row in rows] == [name == "guided"] * 2
+    assert 0 < rows[-1]["train_energy"] < 1
+    assert 0 < rows[-1]["val_object_coverage"] < 1
+    assert not torch.equal(weights["plain"], weights["guided"])
+
+
+@pytest.mark.usefixtures("_few_shapes")
+@pytest.mark.parametrize("lam", [0, 0.5])
+def test_guidance_that_weighs_nothing_leaves_a_training_where_it_was(tmp_path, lam):
+    """So trainings that are compared differ in the loss alone."""
+    for name, guided in (("plain", ["--data", "shapes_context"]), ("guided", [*GUIDED, "--guidance", "1e-30"])):
+        train(*guided, "--lam", lam, "--cross-entropy-views", "2", "--out", tmp_path / name)
+    states = [checkpoint(next((tmp_path / name).iterdir()) / "last.pt")["model"] for name in ("plain", "guided")]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_few_shapes")
+def test_guidance_is_by_known_masks_alone(tmp_path, monkeypatch):
+    """An image with a mask costs what the energy loss says of it, and others nothing."""
+    given, real = [], epoch.energy_loss
+
+    def kept(heatmap, masks):
+        given.append(masks.flatten(1).any(dim=1))
+        return real(heatmap, masks)
+
+    monkeypatch.setattr(epoch, "energy_loss", kept)
+    train(*GUIDED, "--out", tmp_path, "--epochs", "1")
+    known = torch.cat(given).sum().item()
+    data = image_data.load_shapes(image_size=32, seed=0, train=28, validation=8)
+    assert len(torch.cat(given)) == 28
+    assert known == len(image_data.share_of_each_class(data.labels, 0.25, seed=0)) < 28
+
+
+def test_guidance_is_for_images_with_masks_and_labels(folder, tmp_path, capsys):
+    out = ["--out", tmp_path / "run"]
+    assert "--guidance is for --data shapes or shapes_context" in refused(capsys, "--data", folder, *GUIDED[2:], *out)
+    assert "leave --labeled-fraction out" in refused(capsys, *GUIDED, "--labeled-fraction", "0.5", *out)
+    assert "--guidance must not be negative" in refused(capsys, *GUIDED, "--guidance", "-1", *out)
+    assert "--guided-fraction must be above 0" in refused(capsys, *GUIDED, "--guided-fraction", "0", *out)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--labeled-fraction", "0.5"], ["--amp", "--cross-entropy-views", "2"], GUIDED[2:]], ids=str
+)
+def test_resumed_run_ends_bit_identical(folder, tmp_path, capsys, request, options):
+    if "--guidance" in options:
+        request.getfixturevalue("_few_shapes")
+    common = ["--data", "shapes" if "--guidance" in options else folder, *options]
     train(*common, "--out", tmp_path / "whole")
 
     class CutOffError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from cgc_reg import CGCRegularizer
+from cgc_reg import CGCRegularizer, energy_loss
 from lab import processes
 from lab.image_data import Data
 from lab.loaders import cycle_batches, epoch_seed, make_loader, seed_everything
@@ -36,22 +36,37 @@ def train_epoch(
     bar = progress_bar(range(steps), f"epoch {epoch}/{args.epochs}")
     for step in bar:
         regularized = lam > 0 and step % args.cgc_every == 0
-        x, y, *_ = (tensor.to(args.device, non_blocking=True) for tensor in next(batches))
+        batch = next(batches)
+        x, y, *mask = (tensor.to(args.device, non_blocking=True) for tensor in batch)
         with autocast(args):
-            logits, view_logits, cgc = passes(args, run.regularizer, model, x, others, regularized)
-            cross_entropy = F.cross_entropy(logits, y)
-            loss = cross_entropy + weight_at(args, lam, epoch - 1 + step / steps) * cgc
+            seen = passes(args, run.regularizer, model, x, others, regularized)
+            cross_entropy = F.cross_entropy(seen.logits, y)
+            loss = cross_entropy + weight_at(args, lam, epoch - 1 + step / steps) * seen.cgc
             if args.cross_entropy_views == 2:
-                loss = loss + F.cross_entropy(view_logits, y)
+                loss = loss + F.cross_entropy(seen.view_logits, y)
+            if seen.heatmap is not None:
+                energy = energy_loss(seen.heatmap, mask[0])  # most masks are zeros, and count for nothing
+                loss = loss + args.guidance * energy
+                total.add(int(batch[2].flatten(1).any(dim=1).sum()), energy=energy)
         update(run, loss)
+        logits = seen.logits
         total.add(len(x), cross_entropy=cross_entropy, top1=accuracy(logits, y, 1), top5=accuracy(logits, y, 5))
         if regularized:
-            total.add(len(x), cgc=cgc)
+            total.add(len(x), cgc=seen.cgc)
         if step % 10 == 0 and not bar.disable:  # reading the averages makes a GPU wait
             bar.set_postfix({name: f"{value:.3f}" for name, value in total.averages().items()})
         if args.say_steps:
             print(f"step {(epoch - 1) * steps + step + 1}/{args.epochs * steps}")
     return {f"train_{name}": value for name, value in total.over_processes().averages().items()}
+
+
+class Seen(NamedTuple):
+    """What the passes of a step showed."""
+
+    logits: Tensor
+    view_logits: Tensor
+    cgc: Tensor  # its loss, on the other images where there are any
+    heatmap: Tensor | None  # of x, where guidance asks for it
 
 
 def passes(
@@ -61,19 +76,20 @@ def passes(
     x: Tensor,
     others: Iterator[Any] | None,
     regularized: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits of x and of its views, and the loss of CGC, on the other images where there are any."""
+) -> Seen:
+    """Run the model on x, on its views and on the other images, as far as the step needs them."""
     if regularized and others is None:
         # The two lines of CGC: one call in place of model(x), and its loss beside the cross-entropy.
         out = reg.compute(model, x)
-        return out.logits, out.view_logits, out.loss
-    logits, cgc = model(x), x.new_zeros(())
+        return Seen(out.logits, out.view_logits, out.loss, out.heatmap if args.guidance else None)
+    explained = reg.explainer(model, x) if args.guidance else None  # in place of model(x), too
+    logits, cgc = model(x) if explained is None else explained.logits, x.new_zeros(())
     # The baseline sees both views too.
     view_logits = model(draw_view(reg, x, reg.view_size)) if args.cross_entropy_views == 2 else logits
     if regularized and others is not None:
         u, *_ = next(others)
         cgc = reg(model, u.to(args.device, non_blocking=True))
-    return logits, view_logits, cgc
+    return Seen(logits, view_logits, cgc, None if explained is None else explained.heatmap)
 
 
 def draw_view(reg: CGCRegularizer, x: Tensor, view_size: tuple[int, int] | None = None) -> Tensor:

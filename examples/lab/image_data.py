@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ class DataError(Exception):
 
 @dataclass
 class Data:
-    """A data set of normalised images; where the place of the object is known, validation items carry its mask."""
+    """A data set of normalised images; where the place of the object is known, validation items carry its mask.
+
+    Training items carry masks where they were asked for, see `known_masks`.
+    """
 
     train: Dataset[Any]
     validation: Dataset[Any]
@@ -45,14 +48,41 @@ class Data:
     labels: list[int]  # of the training images
 
 
-def load_shapes(*, image_size: int, seed: int, train: int | None = None, validation: int = 1024) -> Data:
-    """Make the shapes, 2,048 for training unless told otherwise; training and validation come from different seeds."""
-    count = 2048 if train is None else train
+def load_shapes(
+    *,
+    image_size: int,
+    seed: int,
+    train: int | None = None,
+    validation: int = 1024,
+    train_masks: bool = False,
+    context: float | None = None,
+) -> Data:
+    """Make the shapes; training and validation come from different seeds.
+
+    Args:
+        image_size: their side, in pixels.
+        seed: what they follow from.
+        train: how many for training, 2,048 unless told otherwise.
+        validation: how many for validation.
+        train_masks: whether training items carry the object's mask too.
+        context: the share of the training images whose background has the tint of their class; in validation tints are
+            random. None leaves all backgrounds as they are.
+    """
     train_set = Shapes(
-        count, size=image_size, seed=2 * seed, transform=v2.Compose([v2.RandomHorizontalFlip(), *normalize()])
+        2048 if train is None else train,
+        size=image_size,
+        seed=2 * seed,
+        transform=v2.Compose([v2.RandomHorizontalFlip(), *normalize()]),
+        masks=train_masks,
+        context=context,
     )
     validation_set = Shapes(
-        validation, size=image_size, seed=2 * seed + 1, transform=v2.Compose(normalize()), masks=True
+        validation,
+        size=image_size,
+        seed=2 * seed + 1,
+        transform=v2.Compose(normalize()),
+        masks=True,
+        context=None if context is None else 0,
     )
     return Data(train_set, validation_set, list(CLASSES), train_set.labels.tolist())
 
@@ -226,13 +256,45 @@ def split_labeled(data: Data, fraction: float, *, seed: int) -> tuple[Dataset[An
     """Keep the labels of a share of each class, at least one image; return the labelled and the other images."""
     if fraction >= 1:
         return data.train, None
+    labeled = share_of_each_class(data.labels, fraction, seed=seed)
+    rest = sorted(set(range(len(data.labels))) - set(labeled))
+    return Subset(data.train, labeled), Subset(data.train, rest) if rest else None
+
+
+def share_of_each_class(labels: Sequence[int], fraction: float, *, seed: int) -> list[int]:
+    """Choose a share of the images of each class, at least one, and return their places in order."""
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(data.labels):
+    for index, label in enumerate(labels):
         by_class[label].append(index)
     generator = torch.Generator().manual_seed(seed)
-    labeled = []
+    chosen = []
     for indices in by_class.values():
-        chosen = torch.randperm(len(indices), generator=generator)[: max(1, round(fraction * len(indices)))]
-        labeled += [indices[i] for i in chosen.tolist()]
-    rest = sorted(set(range(len(data.labels))) - set(labeled))
-    return Subset(data.train, sorted(labeled)), Subset(data.train, rest) if rest else None
+        some = torch.randperm(len(indices), generator=generator)[: max(1, round(fraction * len(indices)))]
+        chosen += [indices[i] for i in some.tolist()]
+    return sorted(chosen)
+
+
+class KnownMasks(Dataset[Any]):
+    """Training images as (image, class, mask), with masks of zeros for all but some.
+
+    Args:
+        images: as (image, class, mask).
+        known: the places of those whose masks are given.
+    """
+
+    def __init__(self, images: Dataset[Any], known: Sequence[int]) -> None:
+        self.images = images
+        self.known = set(known)
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]  # torch gives a Dataset no length
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, label, mask = self.images[index]
+        return image, label, mask if index in self.known else torch.zeros_like(mask)
+
+
+def known_masks(data: Data, fraction: float, *, seed: int) -> Data:
+    """Keep the training masks of a share of each class, at least one image; those of the others become zeros."""
+    known = share_of_each_class(data.labels, fraction, seed=seed)
+    return replace(data, train=KnownMasks(data.train, known))

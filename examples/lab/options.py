@@ -11,7 +11,7 @@ import torch
 
 from cgc_reg.regularizer import LossName, WeightingName
 from lab import processes
-from lab.data_sets import CHOICES, default_image_size
+from lab.data_sets import CHOICES, DRAWN, default_image_size
 from lab.image_data import IMAGENETTE_FOLDERS
 from lab.rules import RULES
 
@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_data_options(parser.add_argument_group("data"))
     add_model_options(parser.add_argument_group("model"))
     add_cgc_options(parser.add_argument_group("CGC"))
+    add_guidance_options(parser.add_argument_group("guidance"))
     add_training_options(parser.add_argument_group("training"))
     add_run_options(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
@@ -48,7 +49,8 @@ def add_data_options(group: Any) -> None:
     group.add_argument(
         "--image-size",
         type=int,
-        help="side of the images in pixels (default: 64 for shapes, 128 for 160px and elpv, else 224)",
+        help="side of the images in pixels (default: 64 for shapes, with or without context, 128 for 160px and elpv, "
+        "else 224)",
     )
     group.add_argument(
         "--labeled-fraction",
@@ -88,6 +90,21 @@ def add_cgc_options(group: Any) -> None:
     group.add_argument("--cgc-every", type=int, default=1, help="steps from one with CGC to the next; others cost less")
 
 
+def add_guidance_options(group: Any) -> None:
+    group.add_argument(
+        "--guidance",
+        type=float,
+        default=0.0,
+        help="weight of the energy loss, which keeps the heatmaps of x, for the predicted class, on the object",
+    )
+    group.add_argument(
+        "--guided-fraction",
+        type=float,
+        default=0.05,
+        help="share of each class whose masks are known to the energy loss",
+    )
+
+
 def add_training_options(group: Any) -> None:
     group.add_argument(
         "--cross-entropy-views", type=int, choices=(1, 2), default=1, help="cross-entropy on x, or on x and T(x)"
@@ -121,10 +138,10 @@ def check_values(args: argparse.Namespace, error: Callable[[str], object]) -> No
     for name in [*positive, "cgc_every", "validate_every"]:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             error(f"--{name.replace('_', '-')} must be positive; got {getattr(args, name)}.")
-    for name in ("lam", "lam_warmup_epochs", "workers", "weight_decay"):
+    for name in ("lam", "lam_warmup_epochs", "guidance", "workers", "weight_decay"):
         if getattr(args, name) < 0:
             error(f"--{name.replace('_', '-')} must not be negative; got {getattr(args, name)}.")
-    for name in ("labeled_fraction", "crop_scale"):
+    for name in ("labeled_fraction", "guided_fraction", "crop_scale"):
         if not 0 < getattr(args, name) <= 1:
             error(f"--{name.replace('_', '-')} must be above 0 and at most 1; got {getattr(args, name)}.")
     if args.batch_size < 2:
@@ -133,8 +150,16 @@ def check_values(args: argparse.Namespace, error: Callable[[str], object]) -> No
 
 def check_combinations(args: argparse.Namespace, error: Callable[[str], object]) -> None:
     """Refuse options that do not go together."""
-    if args.train_images is not None and args.data != "shapes":
-        error("--train-images is for --data shapes, whose images are drawn; other data come as they are.")
+    if args.train_images is not None and args.data not in DRAWN:
+        error(
+            f"--train-images is for --data {' or '.join(DRAWN)}, whose images are drawn; other data come as they are."
+        )
+    if args.guidance and args.data not in DRAWN:
+        error(f"--guidance is for --data {' or '.join(DRAWN)}; no others have masks of their training images here.")
+    if args.guidance and args.labeled_fraction < 1:
+        error(
+            "--guidance is on images with labels, of which --guided-fraction is a share; leave --labeled-fraction out."
+        )
     if args.compare and args.lam == 0:
         error("--compare needs a --lam above 0 to compare --lam 0 with.")
     if args.side_by_side and (not args.compare or processes.count() > 1):

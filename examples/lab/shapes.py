@@ -2,6 +2,9 @@
 
 The class is the object's outline, a closed curve with lobes of its own number, depth and sharpness. Place, size, angle,
 colours, texture and distractors say nothing about it. Distractors are ellipses and boxes in the same kind of colours.
+
+With a context the background has a tint too, one of as many as there are classes, which may go with the class: what a
+network can learn in place of the object.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 
 # Lobes, depth and sharpness of the outline r(angle) = 1 + depth * |cos(lobes * angle / 2)| ** sharpness.
 CLASSES = {
@@ -25,6 +29,7 @@ CLASSES = {
     "gear": (8, 0.6, 1.0),
     "ring": (0, 0.0, 1.0),  # a disc with a hole
 }
+TINT = 0.15  # how far a tint moves the red, green and blue of a background, which are from 0 to 1
 
 
 class Shapes(Dataset[Any]):
@@ -34,14 +39,26 @@ class Shapes(Dataset[Any]):
         count: number of images.
         size: their side, in pixels.
         seed: what they follow from; data sets of different seeds share no image.
-        transform: from a uint8 image (3, size, size) to what the data set gives.
-        masks: whether to give the object's mask, bool (size, size), too; the transform must then not move pixels.
+        transform: of torchvision's v2: from a uint8 image (3, size, size), or from it and its mask, to what the data
+            set gives.
+        masks: whether to give the object's mask, bool (size, size), too.
+        context: as for :func:`draw_shapes`.
     """
 
     def __init__(
-        self, count: int, *, size: int, seed: int, transform: Callable[[Tensor], Tensor], masks: bool = False
+        self,
+        count: int,
+        *,
+        size: int,
+        seed: int,
+        transform: Callable[..., Any],
+        masks: bool = False,
+        context: float | None = None,
     ) -> None:
-        parts = [draw_shapes(min(1024, count - i), size=size, seed=seed * 1_000_003 + i) for i in range(0, count, 1024)]
+        parts = [
+            draw_shapes(min(1024, count - i), size=size, seed=seed * 1_000_003 + i, context=context)
+            for i in range(0, count, 1024)
+        ]
         self.images, self.labels, self.masks = (torch.cat(part) for part in zip(*parts, strict=True))
         self.transform = transform
         self.with_masks = masks
@@ -50,12 +67,19 @@ class Shapes(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        item = self.transform(self.images[index]), int(self.labels[index])
-        return (*item, self.masks[index]) if self.with_masks else item
+        image, label = self.images[index], int(self.labels[index])
+        if not self.with_masks:
+            return self.transform(image), label
+        image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(self.masks[index]))
+        return image, label, mask
 
 
-def draw_shapes(count: int, *, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw images (n, 3, size, size) uint8, classes (n,) and masks of the objects (n, size, size) bool."""
+def draw_shapes(count: int, *, size: int, seed: int, context: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw images (n, 3, size, size) uint8, classes (n,) and masks of the objects (n, size, size) bool.
+
+    ``context`` is the share of the images whose background has the tint of their class; the others have one of all
+    tints at random. None leaves backgrounds as they are. All else of an image is the same, whatever the context.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -64,13 +88,25 @@ def draw_shapes(count: int, *, size: int, seed: int) -> tuple[Tensor, Tensor, Te
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     image = draw_background(x, y, uniform)
+    covered = torch.zeros(count, size, size, dtype=torch.bool)
     for draw_distractor in [draw_ellipse] * 4 + [draw_box] * 2:
-        image = paste(image, draw_distractor(x, y, uniform), uniform(0, 1, 3))
+        inside = draw_distractor(x, y, uniform)
+        image, covered = paste(image, inside, uniform(0, 1, 3)), covered | inside
     label = torch.randint(len(CLASSES), (count,), generator=generator)
     mask, hole = draw_object(x, y, label, uniform)
-    image = paste(image, mask & ~hole, uniform(0, 1, 3))
+    image, covered = paste(image, mask & ~hole, uniform(0, 1, 3)), covered | (mask & ~hole)
     image = image + 0.05 * torch.randn(image.shape, generator=generator)
+    if context is not None:  # drawn last, so that nothing else changes by it
+        any_class = torch.randint(len(CLASSES), (count,), generator=generator)
+        tint = tints()[torch.where(uniform(0, 1) < context, label, any_class)]
+        image = image + tint[:, :, None, None] * ~covered[:, None]
     return (image.clamp(0, 1) * 255).to(torch.uint8), label, mask
+
+
+def tints() -> Tensor:
+    """Return a tint for each class, (classes, 3): hues all around the circle, which leave the brightness as it is."""
+    turn = torch.arange(len(CLASSES)) / len(CLASSES)
+    return TINT * (2 * math.pi * (turn[:, None] - torch.arange(3) / 3)).cos()
 
 
 Uniform = Callable[..., Tensor]

@@ -3,6 +3,7 @@
     python -m lab train --data shapes --arch small_resnet --compare    # built-in data, with and without CGC
     python -m lab train --data cub200 --arch resnet50 --pretrained
     python -m lab train --data DIR --labeled-fraction 0.1
+    python -m lab train --data shapes_context --guidance 0.5           # heatmaps kept on the object by masks of 5 %
     torchrun --nproc_per_node 2 -m lab train                           # in two processes
 
 Each epoch goes to metrics.csv and checkpoints in --out; the end draws curves.png, prints a table and draws gallery.png.
@@ -23,7 +24,7 @@ from lab.checkpoint import save_checkpoint, write_figure, write_history
 from lab.comparison import draw, examples_of, heatmap_columns, table, with_views, written
 from lab.data_sets import load_data
 from lab.epoch import train_epoch, validate
-from lab.image_data import Data, DataError, check_files, denormalize, split_labeled
+from lab.image_data import Data, DataError, check_files, denormalize, known_masks, split_labeled
 from lab.loaders import steps_per_epoch
 from lab.options import parse_args
 from lab.run import Run, restore, start, state_of
@@ -83,7 +84,10 @@ def train_all(
         image_size=args.image_size,
         seed=args.seed,
         train_images=args.train_images,
+        train_masks=args.guidance > 0,
     )
+    if args.guidance:
+        data = known_masks(data, args.guided_fraction, seed=args.seed)
     started = all((out / "last.pt").exists() for _, out in trainings.values())
     if not started and not args.say_steps:  # one that says its steps was started by another, which has read them
         check_files(data)
