@@ -38,7 +38,14 @@ from cgc_reg.rules import (
     positive_grad_cam,
     xgrad_cam,
 )
-from cgc_reg.samplers import RandomAffine, RandomResizedCropFlip, TransformSampler
+from cgc_reg.samplers import (
+    Compose,
+    RandomAffine,
+    RandomFlip,
+    RandomQuarterTurn,
+    RandomResizedCropFlip,
+    TransformSampler,
+)
 from cgc_reg.transforms import SpatialTransform
 from cgc_reg.weightings import confidence
 
@@ -48,6 +55,7 @@ __all__ = [
     "CAM",
     "CGCOutput",
     "CGCRegularizer",
+    "Compose",
     "Consistency",
     "ContentHeatmap",
     "ContrastiveTransforms",
@@ -61,6 +69,8 @@ __all__ = [
     "LayerExplainer",
     "PositiveGradCAM",
     "RandomAffine",
+    "RandomFlip",
+    "RandomQuarterTurn",
     "RandomResizedCropFlip",
     "SpatialTransform",
     "TokensToMaps",

@@ -81,6 +81,11 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be a positive number; got {describe(value)}.")
 
 
+def check_probability(name: str, value: object) -> None:
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be a probability from 0 to 1; got {describe(value)}.")
+
+
 def check_range(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
     """Return (minimum, maximum), both within [low, high]."""
     bounds = (
@@ -124,7 +129,8 @@ def check_sampler(name: str, value: object) -> None:
     if isinstance(value, type) or not callable(getattr(value, "sample", None)):
         raise TypeError(
             f"`{name}` must draw transforms with a method `sample`; got {describe(value)}. Pass "
-            "RandomResizedCropFlip(...) or RandomAffine(...)."
+            "RandomResizedCropFlip(...), RandomAffine(...), RandomFlip(...) or RandomQuarterTurn(...), or several in a "
+            "Compose([...])."
         )
 
 

@@ -93,7 +93,8 @@ class CGCRegularizer(nn.Module):
     Args:
         explainer: g, such as ``GradCAM("layer4")``, or any :class:`Explainer`. A layer's name is short for its
             :class:`GradCAM`; None for that of :func:`suggest_target_layer`, found at the first call.
-        transform: draws T: :class:`RandomResizedCropFlip`, :class:`RandomAffine`, or anything with their ``sample``.
+        transform: draws T: :class:`RandomResizedCropFlip`, :class:`RandomAffine`, :class:`RandomFlip`,
+            :class:`RandomQuarterTurn`, several in a :class:`Compose`, or anything with their ``sample``.
         loss: ``"info_nce"`` as above; ``"mse_consistency"``, without negatives; or a function from query and key,
             (n, h, w), masked and not normalised, to a loss: a scalar, or (n,) to be reduced.
         temperature: tau, of ``"info_nce"``.
@@ -401,7 +402,7 @@ class CGCRegularizer(nn.Module):
             problem = (
                 "No view shows anything of its image, so that the loss compares nothing. `transform` must hold maps "
                 "from the view's coordinates to the image's, both from -1 to 1, as `affine_grid` takes them, and not "
-                "in pixels; see `SpatialTransform`."
+                "in pixels: make one of those by `SpatialTransform.from_matrix`."
             )
         elif blank_share == 1:
             problem = (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cgc_reg._checks import check_range, check_size, describe, is_number
+from cgc_reg._checks import check_probability, check_range, check_sampler, check_size, describe, is_number
 from cgc_reg.transforms import SpatialTransform
 
 
@@ -74,8 +76,7 @@ class RandomResizedCropFlip:
         check_range("ratio", self.ratio, 0)
         if self.ratio[0] == 0:
             raise ValueError(f"`ratio` must be two positive numbers; got {describe(self.ratio)}.")
-        if not is_number(self.flip_p) or not 0 <= self.flip_p <= 1:
-            raise ValueError(f"`flip_p` must be a probability from 0 to 1; got {describe(self.flip_p)}.")
+        check_probability("flip_p", self.flip_p)
 
     def sample(
         self,
@@ -221,6 +222,139 @@ class RandomAffine:
             dim=1,
         )
         return _move(SpatialTransform(to_unit).inverse(), device)
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Draw a horizontal and a vertical flip of each image, independently.
+
+    They are for images without an up and down, such as those of satellites, tissue and cells. Heatmaps are flipped
+    bit for bit, and images up to rounding: see :class:`SpatialTransform`.
+
+    Args:
+        horizontal: probability that left and right are exchanged.
+        vertical: probability that top and bottom are.
+
+    Example:
+        >>> RandomFlip(horizontal=0.0, vertical=1.0).sample(1, (2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        tensor([[[3., 4.],
+                 [1., 2.]]])
+    """
+
+    horizontal: float = 0.5
+    vertical: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_probability("horizontal", self.horizontal)
+        check_probability("vertical", self.vertical)
+
+    def sample(
+        self,
+        batch_size: int,
+        image_size: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SpatialTransform:
+        """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`."""
+        check_size("image_size", image_size)
+        flips = [_uniform(0, 1, (batch_size,), device, generator) < p for p in (self.horizontal, self.vertical)]
+        signs = torch.stack([1 - 2 * flip.float() for flip in flips], dim=1)
+        return _move(SpatialTransform(F.pad(torch.diag_embed(signs), (0, 1))), device)
+
+
+@dataclass(frozen=True)
+class RandomQuarterTurn:
+    """Draw a rotation of each image by 90, 180 or 270 degrees, each equally likely.
+
+    It is for square images without an up and down. Square heatmaps are turned bit for bit, and images up to rounding:
+    see :class:`SpatialTransform`. Composed with :class:`RandomFlip` it reaches all eight positions of a square, each
+    equally likely with the defaults.
+
+    Args:
+        p: probability of a turn; with 3/4 an upright image is as likely as each of the three turned ones.
+
+    Example:
+        >>> tile = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> turned = RandomQuarterTurn(p=1.0).sample(1, (2, 2))(tile)
+        >>> [torch.equal(turned, tile.rot90(quarters, dims=(1, 2))) for quarters in range(4)].count(True)
+        1
+    """
+
+    p: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_probability("p", self.p)
+
+    def sample(
+        self,
+        batch_size: int,
+        image_size: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SpatialTransform:
+        """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`.
+
+        Raises:
+            ValueError: the images are not square, so that a turn would stretch them.
+        """
+        height, width = check_size("image_size", image_size)
+        if height != width:
+            raise ValueError(
+                "`image_size` must be square for a RandomQuarterTurn, which would stretch other images; got "
+                f"{describe(image_size)}. Crop squares first, or pass RandomAffine(degrees=180), which keeps the "
+                "proportions."
+            )
+        turned = _uniform(0, 1, (batch_size,), device, generator) < self.p
+        quarters = _uniform(1, 4, (batch_size,), device, generator).floor() * turned
+        angle = quarters * (math.pi / 2)
+        cos, sin = angle.cos().round(), angle.sin().round()  # exactly -1, 0 or 1
+        zero = torch.zeros_like(angle)
+        rows = [torch.stack([cos, -sin, zero], dim=1), torch.stack([sin, cos, zero], dim=1)]
+        return _move(SpatialTransform(torch.stack(rows, dim=1)), device)
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Draw from several samplers, and apply what the first one drew first.
+
+    The order is that of :class:`torchvision.transforms.Compose`. The maps are composed before anything is resampled, so
+    that an image is interpolated once. Where a later map looks beyond the box that an earlier one cut out, it sees the
+    image around that box, and not the box's border.
+
+    Args:
+        samplers: at least one. Each draws for images of the size that ``sample`` is given, as views are as large.
+
+    Example:
+        >>> transform = Compose([RandomAffine(degrees=10), RandomFlip()])
+        >>> transform.sample(8, (64, 64)).theta.shape
+        torch.Size([8, 2, 3])
+    """
+
+    samplers: Sequence[TransformSampler]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samplers, (tuple, list)) or not self.samplers:
+            raise ValueError(f"`samplers` must be a list of at least one sampler; got {describe(self.samplers)}.")
+        for position, sampler in enumerate(self.samplers):
+            check_sampler(f"samplers[{position}]", sampler)
+        object.__setattr__(self, "samplers", tuple(self.samplers))  # as frozen as what is in it
+
+    def sample(
+        self,
+        batch_size: int,
+        image_size: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SpatialTransform:
+        """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`."""
+        first, *others = self.samplers
+        composed = first.sample(batch_size, image_size, device=device, generator=generator)
+        for sampler in others:
+            composed = sampler.sample(batch_size, image_size, device=device, generator=generator) @ composed
+        return composed
 
 
 def _symmetric_range(name: str, value: object) -> tuple[float, float]:

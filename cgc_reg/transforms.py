@@ -24,6 +24,11 @@ class SpatialTransform:
     (``align_corners=False``), so one theta serves a 224 x 224 image and its 7 x 7 heatmap. Values are
     interpolated bilinearly, without antialiasing; a position outside the input takes the value at the border.
 
+    Flips, and quarter turns of squares, move the pixels of heatmaps bit for bit. Those of images they move up to the
+    rounding of a position, which is none where the sides are powers of two.
+
+    Maps in pixels, as other libraries have them, come in by :meth:`from_matrix` and go out by :meth:`matrix`.
+
     Args:
         theta: (n, 2, 3), float32 or float64, from output to input coordinates as in
             :func:`torch.nn.functional.affine_grid`.
@@ -102,6 +107,49 @@ class SpatialTransform:
             )
         )
 
+    @classmethod
+    def from_matrix(
+        cls, matrix: Tensor, image_size: tuple[int, int], output_size: tuple[int, int] | None = None
+    ) -> SpatialTransform:
+        r"""Take maps in pixels, from the input to the output, as libraries for augmentation have them.
+
+        The input at position p is the output at position
+
+        .. math:: p' = M_i p, \qquad p = (x, y, 1)^T,
+
+        with x to the right, y down, and (0, 0) at the centre of the first pixel. Such are the ``transform_matrix`` of
+        kornia's augmentations, the matrix of OpenCV's ``warpAffine`` (without ``WARP_INVERSE_MAP``), and the ``params``
+        of scikit-image's ``AffineTransform``, whose ``inverse`` its ``warp`` takes.
+
+        Args:
+            matrix: (n, 2, 3), or (n, 3, 3) with (0, 0, 1) as the last row; computed in at least float32.
+            image_size: (H, W) of the input, in pixels.
+            output_size: (H, W) of the output; that of the input if None.
+
+        Raises:
+            ValueError: ``matrix`` has another shape. On the CPU also: a map cannot be inverted, or its last row is that
+                of a perspective by more than rounding. On a GPU the values are not looked at.
+            TypeError: ``matrix`` is not floating point.
+
+        Example:
+            >>> one_to_the_right = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+            >>> transform = SpatialTransform.from_matrix(one_to_the_right, image_size=(1, 4))
+            >>> transform(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]))
+            tensor([[[1., 1., 2., 3.]]])
+        """
+        height, width = check_size("image_size", image_size)
+        output_height, output_width = (height, width) if output_size is None else check_size("output_size", output_size)
+        _check_matrix(matrix, height, width)
+        (a, b, x), (c, d, y) = (row.unbind(dim=1) for row in at_least_float32(matrix)[:, :2].unbind(dim=1))
+        x = x + a * ((width - 1) / 2) + b * ((height - 1) / 2) - (output_width - 1) / 2
+        y = y + c * ((width - 1) / 2) + d * ((height - 1) / 2) - (output_height - 1) / 2
+        # Now from centre to centre: the coordinates are these pixels, in halves of a side.
+        rows = [
+            torch.stack([a * (width / output_width), b * (height / output_width), x * (2 / output_width)], dim=1),
+            torch.stack([c * (width / output_height), d * (height / output_height), y * (2 / output_height)], dim=1),
+        ]
+        return cls(torch.stack(rows, dim=1)).inverse()
+
     def __len__(self) -> int:
         return len(self.theta)
 
@@ -124,6 +172,33 @@ class SpatialTransform:
         a, b, c, d = d / determinant, -b / determinant, -c / determinant, a / determinant
         rows = [torch.stack([a, b, -(a * x + b * y)], dim=1), torch.stack([c, d, -(c * x + d * y)], dim=1)]
         return SpatialTransform(torch.stack(rows, dim=1))
+
+    def matrix(self, image_size: tuple[int, int], output_size: tuple[int, int] | None = None) -> Tensor:
+        """Return the maps in pixels, from the input to the output: the inverse of :meth:`from_matrix`.
+
+        Args:
+            image_size: (H, W) of the input, in pixels.
+            output_size: (H, W) of the output; that of the input if None.
+
+        Returns:
+            (n, 3, 3), of theta's type.
+
+        Example:
+            >>> transform = RandomAffine(degrees=10).sample(8, (64, 48))
+            >>> matrix = transform.matrix(image_size=(64, 48))
+            >>> torch.allclose(SpatialTransform.from_matrix(matrix, (64, 48)).theta, transform.theta, atol=1e-5)
+            True
+        """
+        height, width = check_size("image_size", image_size)
+        output_height, output_width = (height, width) if output_size is None else check_size("output_size", output_size)
+        (a, b, x), (c, d, y) = (row.unbind(dim=1) for row in self.inverse().theta.unbind(dim=1))
+        a, b = a * (output_width / width), b * (output_width / height)
+        c, d = c * (output_height / width), d * (output_height / height)
+        x = x * (output_width / 2) - a * ((width - 1) / 2) - b * ((height - 1) / 2) + (output_width - 1) / 2
+        y = y * (output_height / 2) - c * ((width - 1) / 2) - d * ((height - 1) / 2) + (output_height - 1) / 2
+        zero, one = torch.zeros_like(a), torch.ones_like(a)
+        rows = [torch.stack(row, dim=1) for row in ((a, b, x), (c, d, y), (zero, zero, one))]
+        return torch.stack(rows, dim=1)
 
     def __matmul__(self, other: SpatialTransform) -> SpatialTransform:
         """Compose: ``(t @ u)(x)`` is ``t(u(x))``, with one resampling instead of two."""
@@ -177,6 +252,34 @@ class SpatialTransform:
         # On a grid of two pixels a side, the input reaches from -0.5 to 1.5.
         inside = ((x - 0.5).abs() <= 1) & ((y - 0.5).abs() <= 1)
         return inside.to(self.theta.dtype)
+
+
+def _check_matrix(matrix: Tensor, height: int, width: int) -> None:
+    if not isinstance(matrix, Tensor) or matrix.ndim != 3 or matrix.shape[1:] not in ((2, 3), (3, 3)):
+        raise ValueError(
+            f"`matrix` must be a tensor of shape (n, 2, 3) or (n, 3, 3); got {describe(matrix)}. Make one of a single "
+            "matrix by `torch.as_tensor(matrix)[None]`."
+        )
+    if not matrix.is_floating_point():
+        raise TypeError(f"`matrix` must be floating point; got {describe(matrix)}. Convert with `.float()`.")
+    if matrix.device.type != "cpu":  # reading it on a GPU would make that wait
+        return
+    wide = at_least_float32(matrix)
+    (a, b), (c, d) = (row.unbind(dim=1) for row in wide[:, :2, :2].unbind(dim=1))
+    determinant, rounding = a * d - b * c, 4 * torch.finfo(wide.dtype).eps * ((a * d).abs() + (b * c).abs())
+    singular = ~(determinant.abs() > rounding)  # also where it is not a number
+    if singular.any():
+        linear = wide[singular][0, :2, :2]
+        raise ValueError(f"`matrix` must hold maps that can be inverted; got the linear part {linear.tolist()}.")
+    if wide.shape[1] == 3:
+        p, q, r = wide[:, 2].unbind(dim=1)
+        # What solves for a matrix leaves roundings here. 1e-4 moves a pixel by at most a fiftieth, on 200 of them.
+        perspective = p.abs() * width + q.abs() * height + (r - 1).abs() > 1e-4
+        if perspective.any():
+            raise ValueError(
+                "`matrix` must have (0, 0, 1) as its last row, since a perspective is no affine map; got "
+                f"{wide[perspective][0, 2].tolist()}."
+            )
 
 
 def _source_pixels(theta: Tensor, source: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:

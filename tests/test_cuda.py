@@ -11,13 +11,17 @@ from networks import assert_same, relu_net
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer, RandomAffine, RandomResizedCropFlip
+from cgc_reg import CGCRegularizer, Compose, RandomAffine, RandomFlip, RandomQuarterTurn, RandomResizedCropFlip
 
 pytestmark = pytest.mark.cuda
 
 X = torch.randn(6, 3, 64, 64, generator=generator(0))
 Y = torch.tensor([0, 3, 1, 4, 2, 2])
-SAMPLERS = [RandomResizedCropFlip(), RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5)]
+SAMPLERS = [
+    RandomResizedCropFlip(),
+    RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5),
+    Compose([RandomFlip(), RandomQuarterTurn()]),
+]
 
 
 def step(reg, model, x, y):
@@ -31,7 +35,7 @@ def resnet():
 
 
 @pytest.mark.parametrize("heatmap", EXPLAINERS)
-@pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine"])
+@pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine", "turn"])
 def test_loss_and_gradients_are_those_of_the_cpu(heatmap, transform):
     model = relu_net(nn.BatchNorm2d).double()
     # The generator's device decides where T is drawn, so that both devices get one draw.
@@ -46,7 +50,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(heatmap, transform):
 
 
 @pytest.mark.parametrize("heatmap", EXPLAINERS)
-@pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine"])
+@pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine", "turn"])
 def test_a_step_never_waits_for_the_gpu(heatmap, transform):
     model, x, y = resnet().cuda(), X.cuda(), Y.cuda()
     reg = CGCRegularizer(explainer("layer4", heatmap), transform=transform)
@@ -59,7 +63,7 @@ def test_a_step_never_waits_for_the_gpu(heatmap, transform):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine"])
+@pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine", "turn"])
 def test_deterministic_algorithms_work_and_repeat(transform, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
     torch.use_deterministic_algorithms(True)

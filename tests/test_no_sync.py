@@ -10,11 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 from cgc_reg import (
     CGCRegularizer,
+    Compose,
     Consistency,
     ContentHeatmap,
     GradCAM,
     RandomAffine,
+    RandomFlip,
+    RandomQuarterTurn,
     RandomResizedCropFlip,
+    SpatialTransform,
     energy_loss,
 )
 
@@ -29,8 +33,15 @@ class NoCPUTensor(TorchDispatchMode):
         return result
 
 
+SAMPLERS = [
+    RandomResizedCropFlip(),
+    RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5),
+    Compose([RandomFlip(), RandomQuarterTurn()]),
+]
+
+
 # On the meta device tensors have no values: any operation that depends on one raises.
-@pytest.mark.parametrize("transform", [RandomResizedCropFlip(), RandomAffine(10, (0.1, 0.1), (0.9, 1.1), 5)])
+@pytest.mark.parametrize("transform", SAMPLERS)
 @pytest.mark.parametrize(
     "options", [{"heatmap": h} for h in explainers.EXPLAINERS] + [{"loss": "mse_consistency"}], ids=str
 )
@@ -74,6 +85,13 @@ def test_guidance_runs_without_values(kind):
     with NoCPUTensor():
         energy_loss(GradCAM("layer4")(model, x).heatmap, **where).backward()
     assert model.conv1.weight.grad.device.type == "meta"
+
+
+def test_maps_in_pixels_come_in_and_go_out_without_values():
+    matrix = torch.empty(4, 3, 3, device="meta")
+    with NoCPUTensor():
+        transform = SpatialTransform.from_matrix(matrix, (64, 48), (32, 32))
+        assert transform.matrix((64, 48), (32, 32)).shape == (4, 3, 3)
 
 
 def test_the_mode_would_notice():

@@ -7,20 +7,26 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
-from strategies import batch_sizes, generator, laws, noise, seeds, sizes, uniform
+from strategies import batch_sizes, dtypes, generator, laws, noise, seeds, sizes, uniform, wide_dtypes
 from torchvision.transforms import RandomAffine as TorchvisionRandomAffine
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import InterpolationMode, affine
 
-from cgc_reg import RandomAffine, RandomResizedCropFlip, SpatialTransform
+from cgc_reg import Compose, RandomAffine, RandomFlip, RandomQuarterTurn, RandomResizedCropFlip, SpatialTransform
 
 SAMPLERS = [
     RandomResizedCropFlip(),
     RandomResizedCropFlip(scale=(0.5, 0.9), ratio=(0.2, 5.0), flip_p=0.1),
     RandomAffine(0),
     RandomAffine(30, translate=(0.2, 0.1), scale=(0.5, 1.5), shear=(-10, 10, -5, 5)),
+    RandomFlip(),
+    Compose([RandomResizedCropFlip(), RandomAffine(10)]),
 ]
-samplers = st.sampled_from(SAMPLERS)
+OF_SQUARES = [RandomQuarterTurn(), Compose([RandomFlip(), RandomQuarterTurn(p=1.0), RandomAffine(10)])]
+samplers_and_sizes = st.one_of(
+    st.tuples(st.sampled_from(SAMPLERS), sizes(4, 300)),
+    st.tuples(st.sampled_from(OF_SQUARES), st.integers(4, 300).map(lambda side: (side, side))),
+)
 
 
 def ranges(low, high):
@@ -44,20 +50,22 @@ def is_flipped(transform):
     return transform.theta[:, 0, 0] < 0
 
 
-# Both samplers
+# All samplers
 
 
 @laws
-@given(samplers, seeds, batch_sizes, sizes(4, 300))
-def test_a_sample_has_one_float32_map_per_image(sampler, seed, n, image_size):
+@given(samplers_and_sizes, seeds, batch_sizes)
+def test_a_sample_has_one_float32_map_per_image(sampler_and_size, seed, n):
+    sampler, image_size = sampler_and_size
     t = sampler.sample(n, image_size, generator=generator(seed))
     assert (t.theta.shape, t.theta.dtype, t.theta.device) == ((n, 2, 3), torch.float32, torch.device("cpu"))
     assert torch.isfinite(t.theta).all()
 
 
 @laws
-@given(samplers, seeds, batch_sizes, sizes(4, 300))
-def test_one_seed_draws_one_transform_whatever_the_source_of_randomness(sampler, seed, n, image_size):
+@given(samplers_and_sizes, seeds, batch_sizes)
+def test_one_seed_draws_one_transform_whatever_the_source_of_randomness(sampler_and_size, seed, n):
+    sampler, image_size = sampler_and_size
     first = sampler.sample(n, image_size, generator=generator(seed))
     assert torch.equal(first.theta, sampler.sample(n, image_size, generator=generator(seed)).theta)
     torch.manual_seed(seed)
@@ -65,10 +73,11 @@ def test_one_seed_draws_one_transform_whatever_the_source_of_randomness(sampler,
 
 
 @laws
-@given(samplers, seeds, batch_sizes)
-def test_a_generator_moves_on_and_the_global_one_stays(sampler, seed, n):
+@given(samplers_and_sizes, seeds, batch_sizes)
+def test_a_generator_moves_on_and_the_global_one_stays(sampler_and_size, seed, n):
+    sampler, image_size = sampler_and_size
     source, before = generator(seed), torch.get_rng_state()
-    sampler.sample(n, (32, 48), generator=source)
+    sampler.sample(n, image_size, generator=source)
     assert not torch.equal(source.get_state(), generator(seed).get_state())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -80,15 +89,16 @@ def test_images_of_a_batch_get_different_maps(sampler):
 
 
 @laws
-@given(samplers, batch_sizes, sizes(4, 300), st.booleans())
-def test_samples_without_data_and_moves_to_the_device_asked_for(sampler, n, image_size, seeded):
+@given(samplers_and_sizes, batch_sizes, st.booleans())
+def test_samples_without_data_and_moves_to_the_device_asked_for(sampler_and_size, n, seeded):
+    sampler, image_size = sampler_and_size
     source = generator(0) if seeded else None
     t = sampler.sample(n, image_size, device="meta", generator=source)
     assert t.theta.is_meta
     assert t.theta.shape == (n, 2, 3)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("sampler", SAMPLERS + OF_SQUARES, ids=repr)
 def test_an_empty_batch_gets_no_maps(sampler):
     assert len(sampler.sample(0, (8, 8))) == 0
 
@@ -374,6 +384,146 @@ def torchvision_matrix(angle, translate, scale, shear):
     return torch.cat([linear.flatten(), torch.tensor(translate)]).double()
 
 
+# RandomFlip and RandomQuarterTurn
+
+
+def flipped_along(transform):
+    """Return for each image the dimensions of a heatmap (h, w) that are reversed."""
+    mirrored = transform.theta.diagonal(dim1=1, dim2=2) < 0  # x, y
+    return [[dim for dim, on in ((1, x), (0, y)) if on] for x, y in mirrored.tolist()]
+
+
+def quarter_turns(transform):
+    """Return how many quarters each image is turned, as torch.rot90 counts them."""
+    return (torch.atan2(transform.theta[:, 1, 0], transform.theta[:, 0, 0]) / (math.pi / 2)).round().long() % 4
+
+
+def moved(x, transform, sampler):
+    """Flip or turn each image by torch.flip or torch.rot90."""
+    if isinstance(sampler, RandomFlip):
+        dims = flipped_along(transform)
+        return torch.stack([one.flip([dim - 2 for dim in on]) for one, on in zip(x, dims, strict=True)])
+    turns = quarter_turns(transform).tolist()
+    return torch.stack([one.rot90(quarters, dims=(-2, -1)) for one, quarters in zip(x, turns, strict=True)])
+
+
+flips_and_their_sizes = st.tuples(st.builds(RandomFlip, uniform(0, 1), uniform(0, 1)), sizes())
+turns_and_their_sizes = st.tuples(
+    st.builds(RandomQuarterTurn, uniform(0, 1)), st.integers(1, 12).map(lambda side: (side, side))
+)
+moves = st.one_of(flips_and_their_sizes, turns_and_their_sizes)
+
+
+@laws
+@given(moves, seeds, batch_sizes, dtypes)
+def test_flips_and_turns_move_the_pixels_of_heatmaps_bit_for_bit(sampler_and_size, seed, n, dtype):
+    sampler, size = sampler_and_size
+    x = noise(seed, n, *size, dtype=dtype)
+    t = sampler.sample(n, size, generator=generator(seed))
+    assert torch.equal(t(x), moved(x, t, sampler))
+    assert torch.equal(t.coverage(size), torch.ones(n, *size))
+
+
+@laws
+@given(moves, seeds, batch_sizes, wide_dtypes)
+def test_flips_and_turns_move_the_pixels_of_images_up_to_rounding(sampler_and_size, seed, n, dtype):
+    sampler, size = sampler_and_size
+    x = noise(seed, n, 2, *size, dtype=dtype)
+    t = sampler.sample(n, size, generator=generator(seed))
+    # A position on 12 pixels is off by a few roundings of numbers up to 12, and noise changes by 1 per pixel.
+    torch.testing.assert_close(t(x), moved(x, t, sampler), rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("sampler", [RandomFlip(), RandomQuarterTurn()], ids=repr)
+@pytest.mark.parametrize("side", [1, 2, 8, 64, 256])
+def test_images_with_powers_of_two_as_sides_are_moved_bit_for_bit(sampler, side):
+    x = noise(0, 16, 2, side, side, dtype=torch.float32)
+    t = sampler.sample(16, (side, side), generator=generator(0))
+    assert torch.equal(t(x), moved(x, t, sampler))
+
+
+@pytest.mark.parametrize(("horizontal", "vertical"), [(0.0, 1.0), (0.2, 0.5), (1.0, 0.0), (0.5, 0.9)])
+def test_flips_are_as_frequent_as_asked_and_independent(horizontal, vertical):
+    t = RandomFlip(horizontal, vertical).sample(10_000, (32, 48), generator=generator(0))
+    x, y = (t.theta.diagonal(dim1=1, dim2=2) < 0).T.double()
+    # Below 1e-4 by chance for one seed in 10,000; with 0 and 1 any exception gives a p-value of 0.
+    for flipped, p in ((x, horizontal), (y, vertical), (x * y, horizontal * vertical)):
+        assert stats.binomtest(int(flipped.sum()), 10_000, p).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.75, 1.0])
+def test_turns_are_as_frequent_as_asked_and_each_is_equally_likely(p):
+    counts = quarter_turns(RandomQuarterTurn(p).sample(12_000, (8, 8), generator=generator(0))).bincount(minlength=4)
+    for quarters, expected in enumerate([1 - p, p / 3, p / 3, p / 3]):
+        assert stats.binomtest(int(counts[quarters]), 12_000, expected).pvalue > 1e-4
+
+
+def test_a_turn_of_what_is_not_square_is_refused():
+    with pytest.raises(ValueError, match=r"`image_size` must be square .* got \(224, 160\)\. .*RandomAffine\(degrees="):
+        RandomQuarterTurn().sample(2, (224, 160))
+
+
+# Compose
+
+several = st.lists(st.sampled_from([*SAMPLERS, *OF_SQUARES]), min_size=1, max_size=4)
+
+
+@laws
+@given(several, seeds, batch_sizes, st.integers(4, 300))
+def test_a_composition_draws_one_after_another_and_applies_the_first_first(samplers, seed, n, side):
+    source, by_hand = generator(seed), generator(seed)
+    composed = Compose(samplers).sample(n, (side, side), generator=source)
+    expected = SpatialTransform.identity(n)
+    for sampler in samplers:
+        expected = sampler.sample(n, (side, side), generator=by_hand) @ expected
+    # The identity adds a product with 0 and with 1 to each number: a rounding or none.
+    torch.testing.assert_close(composed.theta, expected.theta)
+    assert torch.equal(source.get_state(), by_hand.get_state())
+
+
+@laws
+@given(st.lists(moves.map(lambda pair: pair[0]), min_size=1, max_size=4), seeds, batch_sizes, st.integers(1, 12))
+def test_composed_flips_and_turns_equal_one_after_another_bit_for_bit(samplers, seed, n, side):
+    x, size = noise(seed, n, side, side), (side, side)
+    composed, by_hand = Compose(samplers).sample(n, size, generator=generator(seed)), generator(seed)
+    expected = x
+    for sampler in samplers:
+        expected = moved(expected, sampler.sample(n, size, generator=by_hand), sampler)
+    assert torch.equal(composed(x), expected)
+
+
+def test_a_crop_is_flipped_after_it_is_cut_out():
+    x, size = noise(0, 8, 16, 16), (16, 16)
+    crop = RandomResizedCropFlip(scale=(0.2, 0.5), flip_p=0.0)
+    cut = crop.sample(8, size, generator=generator(0))(x)
+    composed = Compose([crop, RandomFlip(horizontal=0.0, vertical=1.0)]).sample(8, size, generator=generator(0))
+    torch.testing.assert_close(composed(x), cut.flip(1), rtol=0, atol=1e-5)
+
+
+def test_flips_and_turns_reach_the_eight_positions_of_a_square_equally_often():
+    t = Compose([RandomFlip(), RandomQuarterTurn()]).sample(16_000, (8, 8), generator=generator(0))
+    positions, counts = t.theta.round().unique(dim=0, return_counts=True)
+    assert len(positions) == 8
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_a_composition_is_a_value_and_takes_compositions():
+    samplers = [RandomFlip(), RandomAffine(10)]
+    flat, nested = Compose([*samplers, RandomFlip()]), Compose([Compose(samplers), RandomFlip()])
+    drawn = [one.sample(4, (8, 12), generator=generator(0)).theta for one in (flat, nested)]
+    torch.testing.assert_close(*drawn)
+    composed = Compose(samplers)
+    samplers.append(RandomFlip())
+    assert composed == Compose((RandomFlip(), RandomAffine(10)))
+    assert hash(composed) == hash(Compose((RandomFlip(), RandomAffine(10))))
+
+
+@pytest.mark.parametrize("sampler", [3, RandomFlip, lambda x: x])
+def test_what_draws_nothing_is_refused_by_its_place(sampler):
+    with pytest.raises(TypeError, match=r"`samplers\[1\]` must draw transforms with a method `sample`; got "):
+        Compose([RandomFlip(), sampler])
+
+
 # Errors
 
 
@@ -396,6 +546,11 @@ def torchvision_matrix(angle, translate, scale, shear):
         (lambda: RandomResizedCropFlip(flip_p=-0.1), r"`flip_p` must be a probability .* got -0.1"),
         (lambda: RandomResizedCropFlip(flip_p=True), r"`flip_p` must be a probability .* got True"),
         (lambda: RandomResizedCropFlip(flip_p=None), r"`flip_p` must be a probability .* got None"),
+        (lambda: RandomFlip(horizontal=1.5), r"`horizontal` must be a probability from 0 to 1; got 1.5"),
+        (lambda: RandomFlip(vertical=None), r"`vertical` must be a probability from 0 to 1; got None"),
+        (lambda: RandomQuarterTurn(p=-0.1), r"`p` must be a probability from 0 to 1; got -0.1"),
+        (lambda: Compose([]), r"`samplers` must be a list of at least one sampler; got \[\]"),
+        (lambda: Compose(RandomFlip()), r"`samplers` must be a list .* got a cgc_reg.samplers.RandomFlip"),
         (lambda: RandomAffine(degrees=-5), r"`degrees` must not be negative when it is one number; got -5"),
         (lambda: RandomAffine(degrees=(20, 10)), r"`degrees` must be \(minimum, maximum\); .* Swap the two"),
         (lambda: RandomAffine(degrees=(1, 2, 3)), r"`degrees` must be two numbers .* got \(1, 2, 3\)"),
@@ -423,7 +578,9 @@ def test_an_argument_out_of_its_range_is_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("sampler", [RandomResizedCropFlip(), RandomAffine(10)], ids=repr)
+@pytest.mark.parametrize(
+    "sampler", [RandomResizedCropFlip(), RandomAffine(10), RandomFlip(), RandomQuarterTurn()], ids=repr
+)
 @pytest.mark.parametrize("image_size", [224, (224,), (0, 5), (5, -1), (2.0, 3), (True, 3), (1, 2, 3), None, "ab"])
 def test_a_malformed_image_size_is_refused(sampler, image_size):
     with pytest.raises(ValueError, match=r"`image_size` must be two positive integers \(height, width\); got "):

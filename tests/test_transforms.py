@@ -26,7 +26,7 @@ from strategies import (
     uniform,
     wide_dtypes,
 )
-from torchvision.transforms.functional import InterpolationMode, hflip, resized_crop
+from torchvision.transforms.functional import InterpolationMode, affine, hflip, resized_crop
 
 from cgc_reg import RandomAffine, SpatialTransform
 from cgc_reg.transforms import _grid_sample
@@ -623,15 +623,150 @@ def test_whole_numbers_give_float32_maps_and_float64_stays(image_size, data):
         assert t.theta.dtype == wanted
 
 
+# Maps in pixels
+
+
+@laws
+@given(affine_maps(), sizes(1, 300), sizes(1, 300), st.booleans())
+def test_maps_come_back_from_their_matrices(t, image_size, output_size, two_rows):
+    matrix = t.matrix(image_size, output_size)
+    assert (matrix.shape, matrix.dtype) == ((len(t), 3, 3), torch.float64)
+    back = SpatialTransform.from_matrix(matrix[:, :2] if two_rows else matrix, image_size, output_size)
+    # Shifts of up to 300 pixels, with a few roundings each, in units of half a pixel or more.
+    torch.testing.assert_close(back.theta, t.theta, rtol=0, atol=1e-10)
+    again = back.matrix(image_size, output_size)
+    torch.testing.assert_close(again, matrix, rtol=0, atol=1e-9)
+
+
+@laws
+@given(affine_maps(), sizes(), sizes())
+def test_a_matrix_takes_what_an_output_pixel_shows_to_that_pixel(t, image_size, output_size):
+    height, width = image_size
+    x, y = source_positions(t, output_size).unbind(dim=-1)
+    shown = torch.stack([(x + 1) * width / 2 - 0.5, (y + 1) * height / 2 - 0.5, torch.ones_like(x)], dim=-1)
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in output_size)
+    there = torch.cartesian_prod(rows, columns).flip(1).view(*output_size, 2)
+    moved = torch.einsum("nij,nhwj->nhwi", t.matrix(image_size, output_size), shown)
+    torch.testing.assert_close(moved[..., :2], there.expand_as(moved[..., :2]), rtol=0, atol=1e-9)
+    assert torch.equal(moved[..., 2], torch.ones_like(x))
+
+
+@laws
+@given(st.data(), batch_sizes, sizes(), sizes(), sizes())
+def test_composition_is_the_product_of_matrices_in_pixels(data, n, first, second, third):
+    t, u = (data.draw(affine_maps(st.just(n))) for _ in range(2))
+    product = t.matrix(second, third) @ u.matrix(first, second)
+    torch.testing.assert_close((t @ u).matrix(first, third), product, rtol=0, atol=1e-9)
+
+
+@images_and_heatmaps
+@laws
+@given(seed=seeds, size=sizes(), right=st.integers(-4, 4), down=st.integers(-4, 4))
+def test_a_whole_pixel_translation_in_pixels_repeats_the_border(channels, seed, size, right, down):
+    x = noise(seed, 1, *channels, *size)
+    rows = [min(max(i - down, 0), size[0] - 1) for i in range(size[0])]
+    columns = [min(max(j - right, 0), size[1] - 1) for j in range(size[1])]
+    matrix = torch.tensor([[[1.0, 0.0, right], [0.0, 1.0, down]]], dtype=torch.float64)
+    assert_equal_up_to_rounding(SpatialTransform.from_matrix(matrix, size)(x), x[..., rows, :][..., columns])
+
+
+@laws
+@given(sizes(1, 300), st.booleans(), st.booleans(), wide_dtypes)
+def test_flips_in_pixels_are_flips_bit_for_bit(size, horizontal, vertical, dtype):
+    x = [-1.0, 0.0, size[1] - 1] if horizontal else [1.0, 0.0, 0.0]
+    y = [0.0, -1.0, size[0] - 1] if vertical else [0.0, 1.0, 0.0]
+    t = SpatialTransform.from_matrix(torch.tensor([[x, y]], dtype=dtype), size)
+    assert torch.equal(t.theta, flips(horizontal, vertical).theta.to(dtype))
+    assert torch.equal(t.matrix(size)[0, :2], torch.tensor([x, y], dtype=dtype))
+
+
+@laws
+@given(seeds, sizes(), sizes(1, 24), st.booleans())
+def test_resizing_in_pixels_equals_interpolate(seed, size, output_size, align_corners):
+    assume(not align_corners or min(*size, *output_size) > 1)  # whose only pixel has no two corners to align
+    x = noise(seed, 1, 2, *size)
+    rows = []
+    for side, output_side in ((size[1], output_size[1]), (size[0], output_size[0])):
+        scale = (output_side - 1) / (side - 1) if align_corners else output_side / side
+        rows.append((scale, 0.0 if align_corners else (scale - 1) / 2))
+    (scale_x, x_shift), (scale_y, y_shift) = rows
+    matrix = torch.tensor([[[scale_x, 0.0, x_shift], [0.0, scale_y, y_shift]]], dtype=torch.float64)
+    result = SpatialTransform.from_matrix(matrix, size, output_size)(x, output_size)
+    expected = F.interpolate(x, output_size, mode="bilinear", align_corners=align_corners)
+    assert_equal_up_to_rounding(result, expected)
+
+
+@laws
+@given(
+    seed=seeds,
+    size=sizes(4, 32),
+    angle=uniform(-180, 180),
+    zoom=uniform(0.5, 2),
+    shift=st.tuples(uniform(-5, 5), uniform(-5, 5)),
+)
+def test_a_rotation_in_pixels_equals_torchvisions_affine_where_both_see_the_image(seed, size, angle, zoom, shift):
+    def torchvisions(image):
+        return affine(image, angle, list(shift), zoom, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
+
+    # About the image's centre, as torchvision's documentation has it: from there, turned, and back, then shifted.
+    middle = torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2], dtype=torch.float64)
+    cos, sin = zoom * math.cos(math.radians(angle)), zoom * math.sin(math.radians(angle))
+    linear = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+    moved = middle + torch.tensor(shift, dtype=torch.float64) - linear @ middle
+    t = SpatialTransform.from_matrix(torch.cat([linear, moved[:, None]], dim=1)[None], size)
+    x = noise(seed, 1, 2, *size)
+    inside = torchvisions(torch.ones_like(x)) > 1 - 1e-6  # it fills with zeros, ours with the border
+    torch.testing.assert_close(t(x)[inside], torchvisions(x)[inside], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_matrix_is_computed_in_at_least_float32(dtype):
+    matrix = torch.tensor([[[0.5, 0.0, 3.0], [0.0, 2.0, -1.0]]], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    t = SpatialTransform.from_matrix(matrix, (7, 9))
+    assert t.theta.dtype == wide
+    assert torch.equal(t.theta, SpatialTransform.from_matrix(matrix.to(wide), (7, 9)).theta)
+
+
+def test_a_matrix_carries_gradients():
+    matrix = torch.tensor([[[0.5, 0.1, 3.0], [0.2, 2.0, -1.0]]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: SpatialTransform.from_matrix(m, (7, 9), (5, 4)).theta, matrix)
+
+
+def test_roundings_of_a_last_row_are_let_through():
+    matrix = torch.eye(3).repeat(2, 1, 1)
+    matrix[1, 2] = torch.tensor([1e-8, -1e-8, 1 + 1e-6])
+    t = SpatialTransform.from_matrix(matrix, (224, 224))
+    assert torch.equal(t.theta, IDENTITY.theta)
+
+
+def test_no_maps_in_pixels_are_no_maps():
+    assert len(SpatialTransform.from_matrix(torch.empty(0, 3, 3), (4, 4))) == 0
+
+
 # Errors
 
 THETA = IDENTITY.theta
 ONE, TWO = torch.tensor([1.0]), torch.tensor([1.0, 2.0])
 UNFLIPPED = torch.tensor([False])
+PIXELS = torch.eye(3)[None]
+ALMOST_SINGULAR = torch.tensor([[[0.1, 0.3, 0.0], [0.7, 2.1, 0.0]]])  # on paper it is; float32 rounds each number
 
 
 def from_crop(top=ONE, left=ONE, height=ONE, width=ONE, flip=UNFLIPPED, image_size=(4, 4)):
     return SpatialTransform.from_crop(top, left, height, width, flip, image_size=image_size)
+
+
+def from_matrix(matrix, image_size=(4, 4), output_size=None):
+    return SpatialTransform.from_matrix(matrix, image_size, output_size)
+
+
+def changed(*entries, value):
+    """Return one identity and one map with other values at these places."""
+    matrix = PIXELS.repeat(2, 1, 1)
+    for entry in entries:
+        matrix[(1, *entry)] = value
+    return matrix
 
 
 @pytest.mark.parametrize(
@@ -651,6 +786,30 @@ def from_crop(top=ONE, left=ONE, height=ONE, width=ONE, flip=UNFLIPPED, image_si
         (lambda: from_crop(flip=True), ValueError, r"`horizontal_flip` must be .* got True"),
         (lambda: from_crop(image_size=4), ValueError, r"`image_size` must be two positive integers .* got 4"),
         (lambda: from_crop(image_size=(4, 0)), ValueError, r"`image_size` must be two positive .* got \(4, 0\)"),
+        (lambda: from_matrix([[1.0]]), ValueError, r"`matrix` must be a tensor of shape \(n, 2, 3\) or .* got \[\[1.0"),
+        (lambda: from_matrix(PIXELS[0]), ValueError, r"`matrix` must be .* \(3, 3\)\. .* `torch.as_tensor\(matrix\)"),
+        (lambda: from_matrix(torch.eye(3).numpy()), ValueError, r"`matrix` must be a tensor .* got a numpy.ndarray"),
+        (lambda: from_matrix(torch.zeros(5, 3, 2)), ValueError, r"`matrix` must be .* got .* \(5, 3, 2\)"),
+        (lambda: from_matrix(PIXELS.long()), TypeError, r"`matrix` must be floating point; got a int64 .*`.float\(\)`"),
+        (lambda: from_matrix(PIXELS, 4), ValueError, r"`image_size` must be two positive integers .* got 4"),
+        (lambda: from_matrix(PIXELS, (4, 4), (4, 0)), ValueError, r"`output_size` must be two .* got \(4, 0\)"),
+        (
+            lambda: from_matrix(changed((0, 0), value=0.0)),
+            ValueError,
+            r"be inverted; got .* \[\[0.0, 0.0\], \[0.0, 1.0",
+        ),
+        (lambda: from_matrix(changed((0, 0), (0, 1), (1, 0), value=1.0)), ValueError, r"be inverted; got the linear"),
+        (lambda: from_matrix(ALMOST_SINGULAR), ValueError, r"can be inverted; got the linear part"),
+        (lambda: from_matrix(changed((0, 0), value=math.nan)), ValueError, r"can be inverted; got .*nan"),
+        (lambda: from_matrix(changed((2, 0), value=0.25)), ValueError, r"last row, .* got \[0.25, 0.0, 1.0\]"),
+        (lambda: from_matrix(changed((2, 1), value=0.25)), ValueError, r"last row, .* got \[0.0, 0.25, 1.0\]"),
+        (
+            lambda: from_matrix(changed((2, 2), value=2.0)),
+            ValueError,
+            r"`matrix` must have \(0, 0, 1\) as its last row",
+        ),
+        (lambda: IDENTITY.matrix(4), ValueError, r"`image_size` must be two positive integers .* got 4"),
+        (lambda: IDENTITY.matrix((4, 4), (4,)), ValueError, r"`output_size` must be two positive .* got \(4,\)"),
         (lambda: IDENTITY @ SpatialTransform.identity(3), ValueError, r"one batch size; got 2 and 3"),
         (lambda: IDENTITY @ torch.eye(2), TypeError, r"unsupported operand"),
         (lambda: IDENTITY(torch.zeros(4, 4)), ValueError, r"images .* or heatmaps .* got a float32 .* \(4, 4\)"),

@@ -10,12 +10,14 @@ from cgc_reg import (
     CAM,
     CGCOutput,
     CGCRegularizer,
+    Compose,
     Consistency,
     Explainer,
     Explanation,
     GradCAM,
     LayerExplainer,
     RandomAffine,
+    RandomFlip,
     SpatialTransform,
     content_heatmap,
     energy_loss,
@@ -58,12 +60,14 @@ def heatmap_step(model: nn.Module, x: Tensor, y: Tensor, masks: Tensor) -> Tenso
 
 
 def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    reg = CGCRegularizer(LayerExplainer("layer4", my_rule, output_fn=scores), transform=RandomAffine(degrees=10))
+    transform = Compose([RandomAffine(degrees=10), RandomFlip(vertical=0.0)])
+    reg = CGCRegularizer(LayerExplainer("layer4", my_rule, output_fn=scores), transform=transform)
     out: CGCOutput = reg.compute(model, x, target=y)
     loss: Tensor = cross_entropy(out.logits, y) + 0.5 * out.loss
     log: dict[str, float] = {name: float(value) for name, value in out.scalars.items()}
     print(log)
     view = SpatialTransform.identity(len(x))
+    view = SpatialTransform.from_matrix(view.matrix((64, 64)), (64, 64))
     loss = loss + reg(model, x) + reg.compute(model, x, view=view(x), transform=view).loss
     with reg.reuse(model):
         loss = loss + cross_entropy(scores(model(x)), y)
