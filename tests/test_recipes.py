@@ -27,6 +27,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what is deprecated in torch and pandas, which it uses when it is imported
     import fastai.vision.all  # noqa: F401 - only so that the recipe finds it imported
 
+try:
+    from kornia.augmentation import AugmentationSequential
+except ImportError:
+    AugmentationSequential = None  # it needs Python 3.11
+
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 PAGE = FOLDER / "README.md"
 # The arguments that make each recipe small.
@@ -43,6 +48,7 @@ RECIPES = {
     "teacher": TINY,
     "several_labels": TINY,
     "fastai_learner": TINY,
+    "kornia_views": TINY,
 }
 SCALARS = {"loss", "weight", "positive_similarity", "negative_similarity", "margin", "blank_share"}
 
@@ -58,6 +64,8 @@ pytestmark = [
 
 def load(name, monkeypatch, *, plain=False):
     """Import a recipe, whole or without CGC."""
+    if name == "kornia_views":
+        pytest.importorskip("kornia", reason="needs Python 3.11")
     source = (FOLDER / f"{name}.py").read_text()
     module = types.ModuleType(f"recipe_{name}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -76,6 +84,17 @@ def _views_of_their_own(monkeypatch):
 
     generator = torch.Generator().manual_seed(0)
     monkeypatch.setattr(RandomResizedCropFlip, "sample", draw)
+    if AugmentationSequential is not None:
+        forward, state = AugmentationSequential.forward, [generator.get_state()]
+
+        def view(self, *args, **kwargs):
+            with torch.random.fork_rng():
+                torch.set_rng_state(state.pop())
+                made = forward(self, *args, **kwargs)
+                state.append(torch.get_rng_state())
+            return made
+
+        monkeypatch.setattr(AugmentationSequential, "forward", view)
 
 
 @pytest.fixture(autouse=True)
