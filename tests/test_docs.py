@@ -54,6 +54,8 @@ def names_for(page, folder):
     if page == "method.md":  # on measuring
         images, boxes = torch.rand(64, 3, 64, 64), torch.tensor([[0, 0, 224, 112]] * 64)
         names["loader"] = [(images, boxes), (images[:1], boxes[:1])]
+    if page == "papers.md":
+        names["teacher"] = torchvision.models.resnet18(num_classes=10)
     if page == "explainers.md":  # on several labels and distillation
         names |= {"labels": torch.randint(2, (4, 10)), "teacher": torchvision.models.resnet18(num_classes=10)}
     if page == "guide.md":  # on views made by the loader
