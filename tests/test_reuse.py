@@ -20,7 +20,7 @@ from strategies import generator
 from torch import nn
 from torch.nn.utils import prune
 
-from cgc_reg import CAM, CGCRegularizer, GradCAM, explain
+from cgc_reg import CAM, CGCRegularizer, GradCAM, explain, suggest_target_layer
 from cgc_reg.model import reuse
 
 X = torch.randn(4, 3, 16, 16, generator=generator(0))
@@ -178,6 +178,15 @@ def test_the_regularizers_own_passes_are_not_kept():
         passes = counted(model)
         reg(model, X)
     assert len(passes) == 2
+
+
+def test_a_pass_that_looks_for_the_layer_is_let_go_at_once():
+    model, outputs = relu_net(), []
+    model.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    with regularizer().reuse(model):
+        suggest_target_layer(model, X)
+        gc.collect()
+        assert [output() for output in outputs] == [None]
 
 
 def test_a_frozen_trunk_is_computed_as_ever():
@@ -623,9 +632,45 @@ def test_a_pass_of_another_thread_is_never_taken():
     assert_same(seen.heatmap, g(model, X).heatmap)
 
 
-def test_a_traced_model_can_be_copied_meanwhile():
+@pytest.mark.parametrize("make", [copied, pickled])
+def test_a_traced_model_can_be_copied_meanwhile(make):
     model = torch.fx.symbolic_trace(relu_net())
     with GradCAM("features.4").reuse(model):
         model(X)
-        other = copy.deepcopy(model)
+        other = make(model)
+    assert_same(other(X), model(X))
+
+
+class ByOptions(nn.ReLU):
+    """Is made anew from its options where it is copied."""
+
+    def __getstate__(self):
+        return {"inplace": self.inplace}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+
+class ByTuple(ByOptions):
+    def __getstate__(self):
+        return (self.inplace,)
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
+
+class ByCall(ByOptions):
+    def __reduce__(self):
+        return type(self), (self.inplace,)
+
+
+@pytest.mark.parametrize("make", [copied, pickled])
+@pytest.mark.parametrize("build", [ByOptions, ByTuple, ByCall])
+def test_a_layer_that_takes_itself_apart_in_its_own_way_can_be_copied_meanwhile(build, make):
+    model = relu_net()
+    model.features[5] = build()
+    with GradCAM("features.5").reuse(model):
+        model(X)
+        other = make(model)
+    assert not other.features[5]._forward_hooks
     assert_same(other(X), model(X))

@@ -69,12 +69,12 @@ def _hooked(module: nn.Module, handle: RemovableHandle) -> Iterator[None]:
 def _without_our_hooks(module: nn.Module) -> tuple[Any, ...]:
     """Take a module apart for a copy, as Python does itself, but for our hooks."""
     parts: Any = module.__reduce_ex__(4)
-    make, arguments, state, *rest = parts
-    if isinstance(state, dict):
-        state = dict(state)
+    make, arguments, *rest = parts
+    if rest and isinstance(rest[0], dict):  # classes may take themselves apart in their own way
+        state = rest[0] = dict(rest[0])
         for register in _REGISTERS:
             ours = {key for key, hook in state.get(register, {}).items() if isinstance(hook, _Hook)}
             for name in (register, f"{register}_with_kwargs"):
                 if name in state:
                     state[name] = OrderedDict((key, value) for key, value in state[name].items() if key not in ours)
-    return make, arguments, state, *rest
+    return make, arguments, *rest
