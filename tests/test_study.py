@@ -23,6 +23,7 @@ def results_of(path):
     return EXPERIMENTS / "results" / f"{path.stem}.jsonl"
 
 
+MADE = [path for path in STUDIES if results_of(path).exists()]
 TINY = """
 title = "Tiny"
 common = "--data {folder} --arch small_resnet --image-size 32 --batch-size 4 --epochs 1 --workers 0"
@@ -179,7 +180,7 @@ def test_training_of_another_study_counts_whatever_the_order_of_its_options(tmp_
     assert (tmp_path / "other.jsonl").read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize("path", [path for path in STUDIES if results_of(path).exists()], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.stem)
 def test_documentation_holds_the_report_of_each_study(path):
     made, results = read_study(path), study.Results(results_of(path))
     report = study_report.study_report(made, study.runs_of(made, results))
@@ -187,7 +188,7 @@ def test_documentation_holds_the_report_of_each_study(path):
     assert [line for line in report.splitlines() if line.startswith("|") and line not in pages] == []
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.stem)
 def test_recorded_trainings_are_not_made_anew(path, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "train", lambda *_: pytest.fail("a training was made anew"))
     made = read_study(path)

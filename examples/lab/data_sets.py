@@ -10,7 +10,7 @@ from lab.elpv import load_elpv
 from lab.fine_grained import load_cub200, load_fgvc_aircraft, load_flowers102, load_stanford_cars
 from lab.image_data import Data, load_folder, load_imagenette, load_shapes
 
-CONTEXT = 0.95  # share of the training images of shapes_context whose background has the tint of their class
+CONTEXT = 0.9  # share of the training images of shapes_context whose background has the tint of their class
 
 
 class DataSet(NamedTuple):

@@ -29,7 +29,7 @@ CLASSES = {
     "gear": (8, 0.6, 1.0),
     "ring": (0, 0.0, 1.0),  # a disc with a hole
 }
-TINT = 0.15  # how far a tint moves the red, green and blue of a background, which are from 0 to 1
+TINT = 0.05  # how far a tint moves the red, green and blue of a background, which are from 0 to 1; more hides the shape
 
 
 class Shapes(Dataset[Any]):
