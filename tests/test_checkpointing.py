@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from cgc_reg import CGCRegularizer, GradCAM, TokensToMaps, explain
+from cgc_reg import CGCRegularizer, GradCAM, TokensToMaps, explain, suggest_target_layer
 
 X = torch.randn(6, 3, 16, 16, generator=generator(0), dtype=torch.float64)
 
@@ -92,6 +92,14 @@ def test_heatmaps_for_looking_at_do_not_depend_on_checkpointing(saved):
     expected = explain(model, X, "body")
     model.saved = saved
     assert_same(explain(model, X, "body"), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("saved", [("stem",), ("body",), ("neck",), ("stem", "body", "neck")])
+def test_the_suggested_layer_does_not_depend_on_checkpointing(saved, reentrant):
+    model = StagedNet().double()
+    model.saved, model.reentrant = saved, reentrant
+    assert suggest_target_layer(model, X) == "neck"
 
 
 def test_timm_checkpointing_calls_the_parts_of_a_stage_and_the_error_names_the_last():

@@ -142,6 +142,7 @@ def test_a_model_with_a_compiled_part_names_its_layers_as_if_it_were_not():
     model = copy.deepcopy(plain)
     model.features = torch.compile(model.features, backend="eager")
     assert suggest_target_layer(model, X) == suggest_target_layer(plain, X)
+    assert suggest_target_layer(nn.Sequential(torch.compile(plain, backend="eager")), X) == "0.features"
     expected = explain(plain, X, "features.3")
     assert_same(explain(model, X, "features.3"), expected)
     assert_same(explain(model, X, "features._orig_mod.3"), expected)

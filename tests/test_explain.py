@@ -300,6 +300,36 @@ def test_suggested_layer_is_no_map_of_one_pixel():
     assert suggest_target_layer(model, X) == "features"
 
 
+def test_suggested_layer_may_have_as_many_channels_as_there_are_classes():
+    assert suggest_target_layer(relu_net(classes=8), X) == "features"
+
+
+def test_suggested_layer_is_found_in_evaluation_mode():
+    model = relu_net()
+    model.head = nn.Sequential(model.head, nn.BatchNorm1d(5))  # which takes no single image in training
+    assert suggest_target_layer(model, X[:1]) == "features"
+    assert model.head[1].training
+
+
+def test_suggested_layer_is_found_before_many_that_put_out_a_single_token():
+    model = relu_net()
+    model.head = nn.Sequential(nn.Unflatten(1, (1, 8)), *(nn.Linear(8, 8) for _ in range(8)), nn.Flatten())
+    assert suggest_target_layer(model, X) == "features"
+
+
+class Telling(GapNet):
+    """Puts out early features beside its logits."""
+
+    def forward(self, x):
+        early = self.features[:3](x)
+        return super().forward(x), early
+
+
+def test_suggested_layer_is_found_where_a_model_puts_out_more_than_logits():
+    net = relu_net()
+    assert suggest_target_layer(Telling(*net.features, head=net.head), X) == "features"
+
+
 def test_suggested_layer_is_inside_a_network_that_puts_out_a_map():
     assert suggest_target_layer(relu_net().features, X) == "3"
 
@@ -395,6 +425,9 @@ class Forked(nn.Module):
         return self.head((both if self.meet != "stem" else self.first(x)).mean(dim=(2, 3)))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("meet", "layer"), [("layer", "last"), ("sum", "stem"), ("stem", "first")])
-def test_the_last_layer_that_all_goes_through_is_suggested(meet, layer):
-    assert suggest_target_layer(Forked(meet), torch.rand(2, 3, 8, 8)) == layer
+def test_the_last_layer_that_all_goes_through_is_suggested(meet, layer, mode):
+    model, x = Forked(meet), torch.rand(2, 3, 8, 8)
+    with mode():
+        assert suggest_target_layer(model, x.clone()) == layer
