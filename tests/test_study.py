@@ -11,6 +11,7 @@ from lab import __main__ as command_line
 from lab import study, study_report
 from lab import train as lab_train
 from lab.checkpoint import load_checkpoint, save_checkpoint
+from lab.comparison import TITLES
 from lab.study_config import Setting, Study, read_study
 from tests.tiny import write_images
 
@@ -178,6 +179,13 @@ def test_training_of_another_study_counts_whatever_the_order_of_its_options(tmp_
     assert results.find("--lam 1.0 --data shapes --epochs 4", 0) is None
     results.add({**row, "seed": 1})
     assert (tmp_path / "other.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_holds_options_and_measures_that_there_are(path):
+    made = read_study(path)
+    assert len({tuple(study.decisive(made.options_of(one)).items()) for one in made.settings}) == len(made.settings)
+    assert set(made.metrics) <= TITLES.keys()
 
 
 @pytest.mark.parametrize("path", MADE, ids=lambda path: path.stem)
