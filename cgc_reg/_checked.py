@@ -13,8 +13,10 @@ from cgc_reg._targets import as_target, target_of
 from cgc_reg.explanation import Explainer, Explanation, in_its_graph
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.compilation import uncompiled, warn_if_compiled
+from cgc_reg.model.extra import is_extra_pass
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.measure import as_without_gradients
+from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
 from cgc_reg.model.turns import in_turn
 from cgc_reg.model.wrappers import data_parallel, unwrap, warn_if_one_device
 
@@ -30,6 +32,8 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
     warn_if_compiled(model)
     warn_if_one_device(model)
     parallel = data_parallel(model)
+    if parallel is None and not is_extra_pass():
+        warn_if_wrapper_is_bypassed(unwrap(model))
     if parallel is not None and parallel.static_graph and torch.is_grad_enabled():
         raise RuntimeError(
             "The explainer must be one of one layer, such as GradCAM, under DistributedDataParallel with "

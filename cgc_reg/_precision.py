@@ -14,6 +14,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def precision_of(x: Tensor) -> torch.dtype:
+    """Return the type that a model given x computes in: autocast's, or its own."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the tensor's device, so that a product of float32 tensors stays float32."""
     device = tensor.device.type

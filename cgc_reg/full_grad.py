@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cgc_reg._checked import checked
 from cgc_reg._checks import check_function, check_images
-from cgc_reg._precision import without_autocast
+from cgc_reg._precision import precision_of, without_autocast
 from cgc_reg._targets import Target, as_target, target_of
+from cgc_reg._warn import warn_once
 from cgc_reg.explanation import Explanation
 from cgc_reg.model.biases import kept_biases
 from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.gradient import score_gradients
 from cgc_reg.model.outputs import find_logits
 from cgc_reg.model.processes import check_inner_gradient
+from cgc_reg.model.state import norms_in_training
+from cgc_reg.model.wrappers import unwrap
 from cgc_reg.rules import full_grad
 
 
@@ -34,12 +38,14 @@ class FullGrad:
     each layer's scaled to its own range.
 
     There is no layer to name: all of them count. A step costs more than one of :class:`GradCAM`, since the inner
-    gradient goes through the whole network and is differentiated again.
+    gradient goes through the whole network and is differentiated again. That leaves the range of float16: train in
+    bfloat16 or float32. A BatchNorm in training makes the score of an image, and so its heatmap, depend on the other
+    images of the batch, which is warned of once.
 
     Terms are missing, and the sum is not the score, where a layer is no affine map: for other activations (a GELU, a
     sigmoid), for the norms that look at an image's own statistics (GroupNorm, LayerNorm), whose bias counts all the
     same, and in training mode, where BatchNorm's statistics follow the batch. Missing too is what a model adds without
-    a layer, such as ``x + self.bias``, and the biases inside attention and of recurrent layers.
+    a layer, such as ``x + self.bias``, and the biases inside attention, of recurrent layers and of scripted parts.
 
     Args:
         output_fn: as for :class:`GradCAM`.
@@ -48,7 +54,7 @@ class FullGrad:
         TypeError: ``output_fn`` is no function.
 
     Example:
-        >>> FullGrad()(torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)).heatmap.shape
+        >>> FullGrad()(torchvision.models.resnet18().eval(), torch.rand(2, 3, 64, 64)).heatmap.shape
         torch.Size([2, 64, 64])
 
     References:
@@ -61,7 +67,12 @@ class FullGrad:
         check_function("output_fn", self.output_fn)
 
     def __call__(self, model: nn.Module, x: Tensor, target: Target | None = None) -> Explanation:
-        """Run the model on x, once, and explain its scores; arguments and errors are those of calling GradCAM."""
+        """Run the model on x, once, and explain its scores; arguments are those of calling GradCAM.
+
+        Raises:
+            ValueError, TypeError: an argument is not as described; or it is to train in float16, or a sharded model.
+            RuntimeError: the model cuts its images off from the logits, or the heatmap would train nothing.
+        """
         return self._explain(model, x, target, [])
 
     def terms(self, model: nn.Module, x: Tensor, target: Target | None = None) -> list[Tensor]:
@@ -84,22 +95,27 @@ class FullGrad:
         """
         terms: list[Tensor] = []
         self._explain(model, x, target, terms)
-        return terms
+        return terms if torch.is_grad_enabled() else [term.detach() for term in terms]
 
     def _explain(self, model: nn.Module, x: Tensor, target: Target | None, terms: list[Tensor]) -> Explanation:
         check_images("x", x)
         with outside_inference_mode():
-            check_inner_gradient(model, "FullGrad")
+            trains = torch.is_grad_enabled()
+            if trains:
+                _check_training(model, x)
             target = as_target(ordinary(target), len(x), x.device)
-            return checked(partial(self._pass, terms), model, x, target)
+            return checked(partial(self._pass, terms, trains), model, x, target)
 
-    def _pass(self, terms: list[Tensor], model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
+    def _pass(
+        self, terms: list[Tensor], trains: bool, model: nn.Module, x: Tensor, target: Tensor | None
+    ) -> Explanation:
         x = x if x.requires_grad else x.detach().requires_grad_()
         with kept_biases() as biases:
             output = model(x.clone())  # which the model may change in place
             logits = find_logits(output, self.output_fn, len(x))
         target = target_of(target, ordinary(logits))
-        by_image, *by_result = score_gradients(logits, [x, *(bias.place for bias in biases)], target, create_graph=True)
+        places = [bias.place for bias in biases]
+        by_image, *by_result = score_gradients(logits, [x, *places], target, create_graph=trains)
         if by_image is None:
             raise RuntimeError(
                 "`model` must lead from its images to the logits through autograd; got one that cuts them off. Take "
@@ -115,3 +131,20 @@ class FullGrad:
             ]
             heatmap = full_grad(terms, (x.shape[2], x.shape[3]))
         return Explanation(heatmap, logits, target, output)
+
+
+def _check_training(model: nn.Module, x: Tensor) -> None:
+    """Refuse what cannot be trained by a gradient through the whole network, and warn of what mixes images."""
+    check_inner_gradient(model, "FullGrad")
+    if precision_of(x) is torch.float16:
+        raise ValueError(
+            "FullGrad must train in bfloat16 or float32, since its gradient leaves the range of float16; got float16. "
+            "Take `torch.autocast(device, torch.bfloat16)`, or an explainer of one layer, such as GradCAM."
+        )
+    if norms_in_training(unwrap(model)):
+        warn_once(
+            "FullGrad looks through every BatchNorm, and one in training normalises with the batch's statistics, so "
+            "that the score of an image depends on the other images, and its heatmap too. Put them into evaluation "
+            "mode with `.eval()`, or take an explainer of one layer behind them.",
+            unwrap(model),
+        )

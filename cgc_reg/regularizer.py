@@ -24,7 +24,7 @@ from cgc_reg._checks import (
     check_size,
     describe,
 )
-from cgc_reg._precision import without_autocast
+from cgc_reg._precision import at_least_float32, without_autocast
 from cgc_reg._targets import Target, as_target
 from cgc_reg._warn import warn
 from cgc_reg.explainers import LayerExplainer, as_explainer, explained
@@ -462,7 +462,7 @@ class CGCRegularizer(nn.Module):
             weights = weigh(logits, image.target)
         if not isinstance(weights, Tensor) or weights.shape != (len(logits),):
             raise ValueError(f"`weighting` must return a tensor of shape ({len(logits)},); got {describe(weights)}.")
-        return weights
+        return at_least_float32(weights)
 
 
 def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | None) -> None:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cgc_reg import (
     CGCRegularizer,
     Explanation,
+    FullGrad,
     GradCAM,
     LayerCAM,
     RandomResizedCropFlip,
@@ -238,6 +239,7 @@ BYPASSING = {
         torch.compile(model.module, backend="eager"), x
     ),
     "the module, by an explainer": lambda model, x: GradCAM("features")(model.module, x),
+    "the module, by all of its layers": lambda model, x: FullGrad()(model.module, x),
     "a part of it": lambda model, x: regularizer(SHARE[0]).compute(model.module.model, x),
 }
 SYNCHRONISED = {

@@ -114,6 +114,7 @@ def test_visualize_knows_its_rules(folder, trained, capsys):
     assert "invalid choice: 'cam' (choose from" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:FullGrad looks through every BatchNorm")
 def test_each_explanation_is_measured_as_itself(tmp_path, capsys, monkeypatch):
     few = image_data.load_shapes(image_size=64, seed=0, train=64, validation=64)
     for module in (lab_train, explanations):

@@ -106,6 +106,13 @@ def test_a_function_of_ones_own_gets_logits_and_target_and_trains_nothing():
     torch.testing.assert_close(gradients(out.loss, model), gradients(expected, plain))
 
 
+def test_images_may_be_chosen_by_a_mask():
+    out = reg(weighting=lambda logits, target: target > 0).compute(net(), X, Y)
+    expected = reg(reduction="none").compute(net(), X, Y).loss
+    torch.testing.assert_close(out.loss, expected[Y > 0].sum() / 4)
+    assert out.scalars["weight"] == 0.75
+
+
 def test_a_scalar_loss_is_weighed_by_the_mean():
     options = {"loss": lambda q, k: (q - k).square().mean()}
     out = reg(**options, weighting=lambda logits, target: torch.tensor([1.0, 2.0, 3.0, 6.0])).compute(net(), X, Y)
