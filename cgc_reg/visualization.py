@@ -161,7 +161,7 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
     tallest = max(tensor.shape[-2] / tensor.shape[-1] for tensor in columns.values())  # in widths of a column
     size = (1.7 * len(columns) + 0.2, 1.7 * tallest * rows + (0.9 if title else 0.5))
     figure = Figure(figsize=size, layout="constrained")
-    # One axis a column: with one an image, matplotlib takes ten times as long.
+    # One axis a column: most of matplotlib's time goes into axes.
     for axis, (name, tensor) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
         images = _colorize(tensor, None) if tensor.ndim == 3 else tensor.detach().float().cpu().clamp(0, 1)
         if images.shape[1] == 1:  # which matplotlib would colour

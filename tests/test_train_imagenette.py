@@ -21,7 +21,7 @@ from tests.tiny import checkpoint, history, interrupted, without_times, write_im
 
 SCRIPT = Path(train_imagenette.__file__)
 TINY = ["--image-size", "64", "--batch-size", "4", "--epochs", "2", "--workers", "0"]
-SMALL = [*TINY, "--arch", "shufflenet_v2_x0_5"]  # trains in half of a ResNet-18's time
+SMALL = [*TINY, "--arch", "shufflenet_v2_x0_5"]  # smaller than a ResNet-18
 
 
 @pytest.fixture(scope="module")
