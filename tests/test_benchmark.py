@@ -14,7 +14,8 @@ SMALL_BENCHMARK = ["--batch-size", "4", "--image-size", "64", "--repeats", "2", 
 def test_benchmark_measures_steps_parts_and_transforms(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "GROWTH", {"batch_size": (2, 4), "heatmap_size": (3,)})
     tables = ["--tables", "steps", "parts", "growth", "transforms"]
-    benchmark.main([*SMALL_BENCHMARK, *tables, "--no-memory", "--json", str(tmp_path / "cost.json")])
+    with pytest.warns(UserWarning, match="FullGrad looks through every BatchNorm"):
+        benchmark.main([*SMALL_BENCHMARK, *tables, "--no-memory", "--json", str(tmp_path / "cost.json")])
     found = json.loads((tmp_path / "cost.json").read_text())
     assert all(len(times) == 2 for times in found["seconds"].values())
     printed = capsys.readouterr().out
