@@ -1,14 +1,16 @@
-"""Evaluation of trained models: insertion and deletion by hand, randomised weights, the table and the picture."""
+"""Evaluation of trained models: known insertion, deletion and scores of Quantus, random weights, table and picture."""
 
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lab import evaluate, image_data
 from lab import train as lab_train
 from lab.models import build_model
+from lab.quantus_measures import quantus_measures
 from tests.tiny import TINY
 
 torchcam = pytest.importorskip("torchcam", reason="needs Python 3.11")
@@ -121,3 +123,46 @@ def test_bad_input_is_one_sentence(checkpoints, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=message):
             evaluate.main([*command, "--out", str(tmp_path / "picture.png")])
     assert not (tmp_path / "picture.png").exists()
+
+
+# Grey of 1 to 2, of which the heatmap is a multiple, and so is what each pixel gives to the score.
+GREY = 1 + torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+BRIGHTEST = GREY[:, 0] > GREY[:, 0].flatten(1).median(dim=1).values[:, None, None]
+
+
+def measured(x, *masks):
+    data = TensorDataset(x, torch.zeros(len(x)), *masks)
+    return quantus_measures(Brightness(), "layer", DataLoader(data, 2), device="cpu")
+
+
+def test_heatmaps_that_are_known_get_the_scores_that_they_must():
+    found = measured(GREY, BRIGHTEST)
+    assert found["faithfulness"] == pytest.approx(1, abs=1e-4)
+    assert found["localisation"] == 1
+    assert measured(GREY, ~BRIGHTEST)["localisation"] == 0
+    noise = 0.2 / 3**0.5  # the deviation of what is uniform between -0.2 and 0.2
+    expected = (noise * 16 / GREY.flatten(1).norm(dim=1)).mean().item()
+    assert found["sensitivity"] == pytest.approx(expected, rel=0.05)
+
+
+def test_blank_heatmaps_are_left_out():
+    blank = torch.zeros_like(GREY)
+    beside = measured(torch.stack([GREY, blank], dim=1).flatten(0, 1))
+    assert beside == pytest.approx(measured(GREY), rel=0.05)
+    assert set(beside) == {"faithfulness", "sensitivity"}  # no masks, no localisation
+    assert measured(blank) == {}
+
+
+def test_evaluation_shows_what_quantus_measures(checkpoints, tmp_path, capsys):
+    found = tmp_path / "found.json"
+    options = ["--quantus", "--images", "2", "--out", str(tmp_path / "picture.png"), "--json", str(found)]
+    evaluate.main([*checkpoints, *options])
+    assert "| relevance rank accuracy |" in capsys.readouterr().out
+    for values in json.loads(found.read_text()).values():
+        assert 0 <= values["localisation"] <= 1
+
+
+def test_evaluation_without_quantus_says_what_to_install(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "quantus", None)
+    with pytest.raises(SystemExit, match=r'error: --quantus needs quantus; run pip install "\.\[evaluation\]"'):
+        evaluate.main([checkpoints[0], "--quantus", "--out", str(tmp_path / "picture.png")])

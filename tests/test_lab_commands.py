@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lab import __main__ as command_line
-from lab import explanations, image_data, jobs, summarize, visualize
+from lab import explanations, image_data, jobs, summarize, teacher, visualize
 from lab import train as lab_train
 from tests.tiny import TINY, history, write_images
 
@@ -130,6 +130,29 @@ def test_each_explanation_is_measured_as_itself(tmp_path, capsys, monkeypatch):
     assert found[0][4] == found[1][4]
     assert found[0][0] != found[1][0]
     assert {path.name for path in tmp_path.iterdir()} == {"cross-entropy", "layer_cam", "full_grad"}
+
+
+def test_students_learn_from_one_teacher_with_and_without_its_heatmaps(tmp_path, capsys, monkeypatch):
+    few = image_data.load_shapes(image_size=64, seed=0, train=64, validation=64)
+    monkeypatch.setattr(lab_train, "load_data", lambda *_, **__: few)
+    monkeypatch.setattr(teacher, "load_shapes", lambda **_: few)
+    teach, weights = teacher.taught, []
+
+    def watched(net, data, args, lam, seed):
+        weights.append({name: value.clone() for name, value in net.state_dict().items()})
+        student = teach(net, data, args, lam, seed)
+        assert all(torch.equal(value, weights[0][name]) for name, value in net.state_dict().items())
+        return student
+
+    monkeypatch.setattr(teacher, "taught", watched)
+    command = ["--seeds", "0", "--epochs", "2", "--student-epochs", "30", "--fraction", "0.5", "--out", str(tmp_path)]
+    teacher.main([*command, "--lam", "5"])
+    *_, header, _, without, with_heatmaps, difference = capsys.readouterr().out.strip().splitlines()
+    assert header.startswith("| student | predicts as its teacher | similarity of its heatmaps and the teacher's |")
+    values = [[float(cell.split()[0]) for cell in row.split("|")[2:-1]] for row in (without, with_heatmaps, difference)]
+    assert len(weights) == 2
+    assert values[1][1] > values[0][1]  # of what it is trained for
+    assert values[2] == pytest.approx([b - a for a, b in zip(*values[:2], strict=True)], abs=2e-3)
 
 
 def test_summary_is_the_mean_and_range_over_runs(trained, capsys):

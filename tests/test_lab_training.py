@@ -125,7 +125,7 @@ def test_validation_may_be_rarer_than_epochs(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--loss", "mse_consistency"], ["--heatmap", "layer_cam"], ["--official"]],
+    [["--loss", "mse_and_info_nce"], ["--heatmap", "layer_cam"], ["--official"]],
     ids=lambda options: options[0],
 )
 def test_each_way_to_regularize_trains(folder, compared, tmp_path, options):

@@ -217,6 +217,10 @@ def test_blocks_of_the_page_run(tmp_path, monkeypatch):
         "reg": CGCRegularizer("layer4"),
         "lam": 0.5,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "images": torch.rand(2, 3, 64, 64),
+        "labels": torch.tensor([0, 1]),
+        "masks": torch.ones(2, 64, 64, dtype=torch.bool),
+        "device": "cpu",
     }
     run_blocks(PAGE, names)
     assert_scalars(events(tmp_path), "train/cgc_", steps=2)

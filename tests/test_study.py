@@ -174,9 +174,10 @@ def test_training_of_another_study_counts_whatever_the_order_of_its_options(tmp_
     row = {"options": "--epochs 3 --data shapes --lam 1", "seed": 0, "found": {"top1": 0.5}}
     (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
     results = study.Results(tmp_path / "own.jsonl")
-    assert results.find("--lam 1.0 --data shapes --epochs 3", 0) == {"top1": 0.5}
-    assert results.find("--lam 1.0 --data shapes --epochs 3", 1) is None
-    assert results.find("--lam 1.0 --data shapes --epochs 4", 0) is None
+    assert results.find("--lam 1.0 --data shapes --epochs 3", 0, ["top1"]) == {"top1": 0.5}
+    assert results.find("--lam 1.0 --data shapes --epochs 3", 0, ["top1", "cgc"]) is None
+    assert results.find("--lam 1.0 --data shapes --epochs 3", 1, ["top1"]) is None
+    assert results.find("--lam 1.0 --data shapes --epochs 4", 0, ["top1"]) is None
     results.add({**row, "seed": 1})
     assert (tmp_path / "other.jsonl").read_text().count("\n") == 1
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "visualize": "draw the heatmaps of a trained model for images of your own",
     "study": "make the trainings of a study, each once, and report them",
     "explanations": "train with CGC on each explanation, and measure what becomes of its own CGC loss",
+    "teacher": "let a small student follow a teacher's predictions, and its heatmaps too",
     "summarize": "print mean and range over several runs of train --compare",
     "benchmark": "measure what a training step with CGC costs",
     "notebook": "run the notebook of this folder from top to bottom",

@@ -4,6 +4,7 @@
     python -m lab evaluate CHECKPOINT... --data DIR --json found.json
 
 Insertion and deletion areas are torch-cam's (`pip install ".[evaluation]"`, Python 3.11 or newer; left out without it).
+With --quantus, three of Quantus' metrics stand beside them, which the same command installs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from lab.comparison import draw, examples_of, heatmap_columns, table, with_views
 from lab.data_sets import load_data
 from lab.image_data import Data, DataError, denormalize
 from lab.measures import measure_model
-from lab.models import build_model
+from lab.models import load_model
+from lab.quantus_measures import quantus_measures
 
 NOT_INSTALLED = 'Insertion and deletion are left out: pip install ".[evaluation]" (Python 3.11 or newer).'
 
@@ -41,6 +43,7 @@ def evaluate(model: nn.Module, layer: str, data: Data, args: argparse.Namespace)
     found = measure_model(model, layer, batches, classes=len(data.classes), group=group, device=args.device)
     count = min(args.images, len(data.validation))
     some = Subset(data.validation, torch.linspace(0, len(data.validation) - 1, count).long().tolist())
+    found |= quantus_measures(model, layer, load(some), device=args.device) if args.quantus else {}
     images = [x.to(args.device) for x, *_ in load(some)]
     return found | insertion_and_deletion(model, layer, images) | randomization(model, layer, images)
 
@@ -131,8 +134,7 @@ def load_models(args: argparse.Namespace) -> tuple[dict[str, nn.Module], list[di
         names = [str(path) for path in dict.fromkeys(args.checkpoints)]
     models = {}
     for name, one in zip(names, saved, strict=True):
-        models[name] = build_model(one["arch"], len(one["classes"])).to(args.device).eval()
-        models[name].load_state_dict(one["model"])
+        models[name] = load_model(one).to(args.device)
     return models, saved
 
 
@@ -147,6 +149,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets that come as files")
     parser.add_argument("--layer", help="layer of the heatmaps (default: the one of each training)")
     parser.add_argument("--images", type=int, default=256, help="how many to uncover, cover and explain at random")
+    parser.add_argument("--quantus", action="store_true", help="measure these with Quantus too; some minutes")
     parser.add_argument("--batch-size", type=int, default=64, help="and the images that the CGC loss contrasts")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from lab.benchmark import table
 from lab.checkpoint import load_checkpoint
 from lab.data_sets import load_data
 from lab.measures import measure_model
-from lab.models import build_model
+from lab.models import load_model
 from lab.options import parse_args
 from lab.rules import RULES
 
@@ -60,8 +60,6 @@ def measured(args: argparse.Namespace, rule: str, checkpoint: Path) -> dict[str,
     saved = load_checkpoint(checkpoint)
     settings = parse_args(["--data", "shapes"])
     data = load_data("shapes", root=settings.root, size=settings.size, image_size=saved["image_size"], seed=args.seed)
-    model = build_model(saved["arch"], len(saved["classes"]))
-    model.load_state_dict(saved["model"])
     batches = DataLoader(data.validation, 64)
     explainer = RULES[rule](saved["layer"])
-    return measure_model(model, explainer, batches, classes=len(data.classes), group=64, device="cpu")
+    return measure_model(load_model(saved), explainer, batches, classes=len(data.classes), group=64, device="cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torchvision
 from torch import nn
@@ -49,6 +51,13 @@ def build_model(arch: str, num_classes: int, *, pretrained: bool = False) -> nn.
     if hasattr(model, "aux_logits"):
         model.aux_logits = False  # GoogLeNet and Inception then put out logits in training too
     return model
+
+
+def load_model(saved: dict[str, Any]) -> nn.Module:
+    """Build the model of a checkpoint, in evaluation mode."""
+    model = build_model(saved["arch"], len(saved["classes"]))
+    model.load_state_dict(saved["model"])
+    return model.eval()
 
 
 def build_efficientnet_lite0(num_classes: int, *, pretrained: bool) -> nn.Module:

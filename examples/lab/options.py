@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 import torch
 
-from cgc_reg.regularizer import LossName, WeightingName
+from cgc_reg.regularizer import WeightingName
 from lab import processes
 from lab.data_sets import CHOICES, DRAWN, default_image_size
 from lab.image_data import IMAGENETTE_FOLDERS
+from lab.losses import LOSSES
 from lab.rules import RULES
 
 # Options that change where and how a training runs, but nothing that it comes to.
@@ -74,7 +75,7 @@ def add_cgc_options(group: Any) -> None:
     group.add_argument("--lam", type=float, default=0.5, help="weight of CGC; 0 trains with cross-entropy alone")
     group.add_argument("--lam-warmup-epochs", type=float, default=0.0, help="epochs in which lam grows from 0")
     group.add_argument("--temperature", type=float, default=0.5, help="tau of CGC")
-    group.add_argument("--loss", choices=get_args(LossName), default="info_nce", help="what makes heatmaps consistent")
+    group.add_argument("--loss", choices=LOSSES, default="info_nce", help="what makes heatmaps consistent")
     group.add_argument("--heatmap", choices=RULES, default="grad_cam", help="rule of the heatmaps that are trained")
     group.add_argument("--weighting", choices=get_args(WeightingName), default="uniform", help="weight of each image")
     group.add_argument("--official", action="store_true", help="compute CGC as the authors' code does")

@@ -15,6 +15,7 @@ from lab import processes
 from lab.checkpoint import load_checkpoint
 from lab.image_data import Data
 from lab.loaders import seed_everything
+from lab.losses import LOSSES
 from lab.models import build_model
 from lab.options import settings
 from lab.rules import RULES
@@ -54,7 +55,7 @@ def start(args: argparse.Namespace, data: Data, steps: int) -> Run:
 
 def make_regularizer(args: argparse.Namespace, layer: str) -> CGCRegularizer:
     options: dict[str, Any] = {
-        "loss": args.loss,
+        "loss": LOSSES[args.loss],
         "temperature": args.temperature,
         "transform": RandomResizedCropFlip(scale=(args.crop_scale, 1.0)),
         "view_size": args.view_size and (args.view_size, args.view_size),

@@ -55,10 +55,10 @@ class Results:
             lines = "".join(json.dumps(one) + "\n" for one in self.rows)
             write_whole(self.path, lambda partial: partial.write_text(lines))
 
-    def find(self, options: str, seed: int) -> dict[str, float] | None:
-        """Return what a training with these options came to, if it has been made."""
+    def find(self, options: str, seed: int, metrics: list[str]) -> dict[str, float] | None:
+        """Return what a training with these options came to, if it has been made and so much was measured of it."""
         wanted = decisive(options)
-        rows = (row for row in self.rows + self.others if row["seed"] == seed)
+        rows = (row for row in self.rows + self.others if row["seed"] == seed and set(metrics) <= row["found"].keys())
         return next((row["found"] for row in rows if decisive(row["options"]) == wanted), None)
 
     def minutes(self) -> float:
@@ -112,7 +112,7 @@ def run_study(study: Study, results: Results, folder: Path, *, seeds: list[int],
     todo = [
         (setting, seed)
         for seed, setting in product(seeds, reversed(study.settings))  # the last settings take longest
-        if results.find(study.options_of(setting), seed) is None
+        if results.find(study.options_of(setting), seed, study.metrics) is None
     ]
     with tqdm(total=len(todo), desc="trainings", unit="training") as bar:
 
@@ -129,7 +129,7 @@ def runs_of(study: Study, results: Results) -> dict[Setting, dict[int, dict[str,
     """Sort results by setting and seed."""
     runs: dict[Setting, dict[int, dict[str, float]]] = {setting: {} for setting in study.settings}
     for setting, seed in product(study.settings, study.seeds):
-        found = results.find(study.options_of(setting), seed)
+        found = results.find(study.options_of(setting), seed, study.metrics)
         if found is not None:
             runs[setting][seed] = found
     return runs

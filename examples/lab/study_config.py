@@ -41,8 +41,8 @@ class Study:
         seeds: of data, initialisation and order.
         metrics: the columns of the report, by the names that `python -m lab evaluate` gives them.
         settings: what is compared.
-        evaluate: options of `python -m lab evaluate`. A training of another study with the same options counts here
-            too, so studies that share trainings must evaluate them alike.
+        evaluate: options of `python -m lab evaluate`. A training of another study with the same options, of which as
+            much was measured, counts here too, so studies that share trainings must evaluate them alike.
         x_axis: what `x` is.
         accuracy_baselines: accuracies are compared with the best of these, instead of with each setting's baseline.
         full: the setting whose gain over its baseline is the whole gain, where the report tells what others keep of it.

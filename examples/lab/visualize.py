@@ -12,7 +12,7 @@ from cgc_reg import explain, folders
 from cgc_reg.visualization import gallery, overlay
 from lab.checkpoint import load_checkpoint, write_figure
 from lab.image_data import DataError, denormalize, normalize, open_image
-from lab.models import build_model
+from lab.models import load_model
 from lab.rules import RULES
 
 
@@ -30,8 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         paths = find_images(args.images)[: args.most]
         saved = load_checkpoint(args.checkpoint)
-        model = build_model(saved["arch"], len(saved["classes"])).eval()
-        model.load_state_dict(saved["model"])
+        model = load_model(saved)
         size = saved["image_size"]
         prepare = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *normalize()])
         x = torch.stack([prepare(open_image(str(path))) for path in paths])
