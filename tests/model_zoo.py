@@ -107,10 +107,9 @@ TIMM = {
 }
 # Quick ones of many families; those of torchvision that have none come below, made small by their arguments.
 SMALL = """
-    efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18
-    shufflenet_v2_x0_5 squeezenet1_1
+    efficientnet_b0 googlenet mnasnet0_5 mobilenet_v3_small regnet_x_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1
 
-    cs3darknet_focus_s dla46_c edgenext_xx_small efficientvit_b0 ese_vovnet19b_slim_dw fasternet_t0 ghostnet_050
+    cs3darknet_focus_s dla46_c edgenext_xx_small efficientvit_b0 ese_vovnet19b_slim_dw fasternet_t0
     hgnetv2_b0 hrnet_w18_small inception_next_atto lcnet_035 mobilenetv4_conv_small mobilevit_xxs regnetx_002
     repghostnet_050 resnetv2_18 rexnet_100 swiftformer_xs test_byobnet test_convnext test_efficientnet test_mambaout
     test_nfnet test_resnet test_vit

@@ -139,8 +139,7 @@ def test_deterministic_algorithms_work_and_repeat(transform):
 # ---- precision
 
 
-@steps
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("step", "dtype"), [(call_step, torch.bfloat16), (compute_step, torch.float16)])
 def test_autocast_with_a_scaler_trains_200_steps(step, dtype):
     model, reg = relu_net(nn.BatchNorm2d), regularizer()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
