@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cgc_reg import GradCAM, RandomResizedCropFlip, expose_layer
+from cgc_reg import FullGrad, GradCAM, RandomResizedCropFlip, expose_layer
 
 WORLDS = [2, 3]
 BATCH = 3  # of each process
@@ -72,6 +72,10 @@ def reuse(model, share):
     reg = regularizer(share)
     with reg.reuse(model):
         return F.cross_entropy(model(X[share]), Y[share]) + reg(model, X[share])
+
+
+def full_grad(model, share, **options):
+    return FullGrad()(model, X[share]).heatmap.sum()
 
 
 LOOPS = {"compute": compute, "call": call, "compute alone": compute_alone, "call alone": call_alone}
@@ -144,7 +148,7 @@ def sharded(rank, world, loop, parts=(), **options):
         fully_shard(inner.get_submodule(part), mesh=mesh, reshard_after_forward=options.pop("reshard", False))
     fully_shard(inner, mesh=mesh)
     options.setdefault("heatmap", "class_activation")
-    return train(rank, inner, inner, LOOPS[loop], gather_distributed=True, **options)
+    return train(rank, inner, inner, {**LOOPS, "full_grad": full_grad}[loop], gather_distributed=True, **options)
 
 
 def unequal(rank, **options):
@@ -164,7 +168,7 @@ def work(rank):
     results["sharded"] = {loop: sharded(rank, world, loop) for loop in SHARDED_LOOPS}
     parts = ["features.0", "head"]
     results["sharded in parts"] = {loop: sharded(rank, world, loop, parts) for loop in SHARDED_LOOPS}
-    results["refused"] = [sharded(rank, world, "compute", heatmap="grad_cam")]
+    results["refused"] = [sharded(rank, world, "compute", heatmap="grad_cam"), sharded(rank, world, "full_grad")]
     if SHARDING:
         results["refused"].append(sharded(rank, world, "compute", ["head"], reshard=True))
     return results
@@ -212,7 +216,7 @@ def test_sharded_training_is_that_of_one_process_with_the_whole_batch(results, w
 @worlds
 def test_what_a_sharded_model_cannot_do_is_refused_in_every_process(results, world):
     for result in results(world):
-        messages = ["The explainer must be CAM", "reshard_after_forward=False"]
+        messages = ["got GradCAM", "got FullGrad", "reshard_after_forward=False"]
         for refused, message in zip(result["refused"], messages, strict=False):
             assert message in refused["error"]
 

@@ -75,8 +75,6 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _keep(self, result: Tensor, bias: Callable[[], Tensor], by_channel: bool) -> Tensor:
-        if not result.requires_grad:  # of a part without gradients, which gives none
-            return result
         place = result.new_zeros(()).expand(result.shape).requires_grad_()
         after = (1,) * (result.ndim - 2)
         self.found.append(Bias((lambda: bias().view(-1, *after)) if by_channel else bias, place))
