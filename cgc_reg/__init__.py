@@ -1,6 +1,7 @@
 """Consistent explanations for any CNN while it trains: Contrastive Grad-CAM Consistency, and heatmaps to train on."""
 
 from cgc_reg.checking import check_closed_form, check_gradient
+from cgc_reg.compile import compile_below
 from cgc_reg.dataset import ContrastiveTransforms
 from cgc_reg.explain import explain
 from cgc_reg.explainers import (
@@ -80,6 +81,7 @@ __all__ = [
     "check_closed_form",
     "check_gradient",
     "class_activation",
+    "compile_below",
     "confidence",
     "consistency",
     "content_heatmap",

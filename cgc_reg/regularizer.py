@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -386,12 +387,18 @@ class CGCRegularizer(nn.Module):
 
     def _g_beside_the_loop(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
         """Explain images that the loop passes itself: in DistributedDataParallel this may be its only pass."""
-        return extra_pass(lambda running: self._g(running, x, target), model, self.bn_mode)
+        return extra_pass(lambda running: self._g(running, x, target), model, self.bn_mode, self._target_layer)
 
     def _g_of_view(self, model: nn.Module, view: Tensor, target: Tensor) -> Explanation:
         """Explain views, without DistributedDataParallel, which has had its pass."""
         with torch.no_grad() if self.detach_key else nullcontext():
-            return extra_pass(lambda running: self._g(running, view, target), inside_data_parallel(model), self.bn_mode)
+            look = partial(self._g, x=view, target=target)
+            return extra_pass(look, inside_data_parallel(model), self.bn_mode, self._target_layer)
+
+    @property
+    def _target_layer(self) -> str | nn.Module | None:
+        """The layer that the explainer looks at; None for one that looks at others."""
+        return self.explainer.target_layer if isinstance(self.explainer, AtLayer) else None
 
     def _warn_if_blank(self, coverage: Tensor, blank_share: Tensor) -> None:
         """Warn once of a batch without anything to compare."""

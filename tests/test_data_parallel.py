@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cgc_reg import FullGrad, GradCAM, RandomResizedCropFlip, expose_layer
+from cgc_reg import FullGrad, GradCAM, RandomResizedCropFlip, compile_below, expose_layer
 
 WORLDS = [2, 3]
 BATCH = 3  # of each process
@@ -141,6 +141,13 @@ def compiled_ddp(rank):
         return train(rank, model, inner, call, heatmap="class_activation", steps=2)
 
 
+def compiled_below_ddp(rank, wrapper, compiles=True):
+    inner = network(nn.BatchNorm2d)
+    if compiles:
+        compile_below(inner, X[SHARES[rank]], "features", backend="aot_eager")
+    return train(rank, DistributedDataParallel(inner, **WRAPPERS[wrapper]), inner, compute, steps=2)
+
+
 def sharded(rank, world, loop, parts=(), **options):
     inner = network()
     mesh = init_device_mesh("cpu", (world,))
@@ -164,6 +171,9 @@ def work(rank):
     world = torch.distributed.get_world_size()
     results = {training: ddp(rank, *training) for training in OF_WORLD[world]}
     results["compiled"] = compiled_ddp(rank)
+    results["compiled below"] = [
+        (compiled_below_ddp(rank, each), compiled_below_ddp(rank, each, False)) for each in WRAPPERS
+    ]
     results["unequal"] = unequal(rank)
     results["sharded"] = {loop: sharded(rank, world, loop) for loop in SHARDED_LOOPS}
     parts = ["features.0", "head"]
@@ -195,6 +205,13 @@ def test_all_processes_end_with_one_model_that_has_learned(results, world, train
         # Three processes add up in an order of their own.
         torch.testing.assert_close(end, ends[0], rtol=1e-12, atol=1e-12)
     assert not torch.equal(ends[0]["features.0.weight"], network(nn.BatchNorm2d).features[0].weight)
+
+
+@worlds
+def test_parts_compiled_below_the_layer_train_as_uncompiled(results, world):
+    for result in results(world):
+        for compiled, as_written in result["compiled below"]:
+            torch.testing.assert_close(compiled, as_written, rtol=1e-12, atol=1e-12)
 
 
 @worlds

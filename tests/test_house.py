@@ -36,6 +36,7 @@ def test_the_mathematics_touches_no_model():
         "_at_layer.py",
         "_checked.py",
         "checking.py",
+        "compile.py",
         "explain.py",
         "explainers.py",
         "explanation.py",

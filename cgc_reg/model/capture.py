@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ from cgc_reg._checks import describe
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.layers import KEEP_BLOCKS_WHOLE, find_layer, is_channels_last
+from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.own import own_pass
+from cgc_reg.model.settings import attribute
 
 
 class Capture:
@@ -25,6 +27,11 @@ class Capture:
     without_gradients: bool  # whether gradients were off there, which they are not from there on
     called = False
     called_elsewhere = False  # outside of this pass
+    is_going: Callable[[], bool]  # whether the pass that goes on in this thread is this one
+
+    def is_past(self) -> bool:
+        """Tell whether the pass going on has come past the layer's output."""
+        return self.called and self.is_going()
 
 
 @contextmanager
@@ -54,13 +61,15 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
         return fresh[-1]
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not is_this_pass():
+        if not kept.is_going():
             kept.called_elsewhere = True
             return None
         _check(kept.target_layer, output, called_before=kept.called)
         kept.called, kept.without_gradients = True, not torch.is_grad_enabled()
         kept.channels_last = is_channels_last(module, output)
         from_the_layer_up.enter_context(unfused_attention())
+        if kept.without_gradients:
+            from_the_layer_up.enter_context(as_without_gradients())
         torch.set_grad_enabled(True)
         output = ordinary(output)
         # What hooks of the model's own kept of a fresh tensor is this tensor, so that it counts too.
@@ -70,9 +79,11 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
 
     kept.target_layer, layer = find_layer(model, target_layer)
     grad_enabled = torch.is_grad_enabled()
-    with own_pass() as is_this_pass, ExitStack() as from_the_layer_up, ExitStack() as hooks:
-        hooks.callback(layer.register_forward_hook(begin, prepend=True).remove)
-        hooks.callback(layer.register_forward_hook(keep).remove)
+    with (
+        own_pass() as kept.is_going,
+        ExitStack() as from_the_layer_up,
+        _on_output(layer, begin, keep),
+    ):
         try:
             yield kept
         finally:
@@ -81,6 +92,35 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
                 _take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
     if not kept.called:
         raise _not_called(kept, layer)
+
+
+@contextmanager
+def _on_output(layer: nn.Module, begin: Callable[..., Any], keep: Callable[..., Any]) -> Iterator[None]:
+    """Run two forward hooks on a layer's output, the first before and the other after those of the model's own.
+
+    A layer that ``layer.compile()`` has compiled with its hooks gets them around that.
+    """
+    compiled: Callable[..., Any] | None = layer._compiled_call_impl
+    with ExitStack() as stack:
+        if compiled is None:
+            stack.callback(layer.register_forward_hook(begin, prepend=True).remove)
+            stack.callback(layer.register_forward_hook(keep).remove)
+        else:
+            stack.enter_context(attribute(layer, "_compiled_call_impl", _followed(compiled, layer, [begin, keep])))
+        yield
+
+
+def _followed(call: Callable[..., Any], layer: nn.Module, hooks: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """Return a layer's call with forward hooks behind it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        for hook in hooks:
+            changed = hook(layer, args, output)
+            output = output if changed is None else changed
+        return output
+
+    return run
 
 
 def _check(target_layer: str, output: object, *, called_before: bool) -> None:

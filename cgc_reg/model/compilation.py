@@ -1,35 +1,34 @@
-"""Run a model that ``torch.compile`` has compiled, or a part of it, as it was written."""
+"""What ``torch.compile`` has compiled of a model: which parts of it a pass keeps so, and which it runs as written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from cgc_reg._warn import warn_once
+from cgc_reg.model.checkpoints import note_if_run_again
+from cgc_reg.model.layers import find_layer
 from cgc_reg.model.settings import attribute
 from cgc_reg.model.wrappers import ExposedLayer, holds_original, inside_data_parallel, unwrap
 
 
 def warn_if_compiled(model: nn.Module) -> None:
-    """Warn, once for each model, that what is compiled of it runs as written."""
+    """Warn, once for each model, that all that is compiled of it runs as written."""
     if is_compiled(model):
         warn_once(
-            "The model is compiled with torch.compile, which can neither differentiate a gradient nor see a hook "
-            "that was added after its first call. Passes for heatmaps run through the original, uncompiled module: "
-            "they give the same numbers at the speed of eager mode. For `CAM`, `expose_layer` keeps the compiled "
-            "graph.",
+            "What is compiled of the model runs as written, since the explainer may look at all layers, and PyTorch "
+            "has no second derivative of a compiled graph. Explainers of one layer keep what is compiled before it.",
             unwrap(model),
         )
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Tell whether the model or a part of it is compiled."""
-    return any(
-        module._compiled_call_impl is not None or _original_forward(module) is not None for module in model.modules()
-    )
+    return any(_is_compiled(module) for module in model.modules())
 
 
 @contextmanager
@@ -40,11 +39,98 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            forward = _original_forward(module)
-            if forward is not None:
-                stack.enter_context(attribute(module, "forward", forward))
-            if module._compiled_call_impl is not None:
-                stack.enter_context(attribute(module, "_compiled_call_impl", None))
+            stack.enter_context(_as_written(module))
+        yield
+
+
+@contextmanager
+def compiled_below(
+    model: nn.Module,
+    target_layer: str | nn.Module,
+    is_past: Callable[[], bool],
+    as_written: Callable[[nn.Module], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Keep what is compiled of the model up to a layer's output, and run the rest as written.
+
+    PyTorch has no second derivative of a compiled graph, and the heatmap's inner gradient ends at the layer: what a
+    pass has completed before needs none. What encloses the layer, and what follows it, does.
+
+    Args:
+        model: wrapped or not.
+        target_layer: dotted name in the unwrapped model, or the layer itself.
+        is_past: tells whether the pass going on has come past the layer's output.
+        as_written: a context for each part behind the layer, while it runs as written.
+    """
+    if not is_compiled(model):
+        yield
+        return
+    _, layer = find_layer(unwrap(model), target_layer)
+    trains = torch.is_grad_enabled()  # which is what the time counts for
+
+    def lose() -> None:
+        if trains:
+            _warn_of_loss(model)
+
+    with ExitStack() as stack:
+        for module in enclosing(model, layer):
+            if _is_compiled(module):
+                lose()
+                stack.enter_context(_as_written(module))
+        for region in regions(model, target_layer):
+            stack.enter_context(_until(region, is_past, lose, as_written))
+        yield
+
+
+def enclosing(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """List the modules that hold the layer, from the model on."""
+    return [module for module in model.modules() if module is not layer and layer in module.modules()]
+
+
+def regions(model: nn.Module, target_layer: str | nn.Module | None) -> list[nn.Module]:
+    """List the outermost compiled modules that do not enclose the layer; none without one, when all runs as written."""
+    if target_layer is None or not is_compiled(model):
+        return []
+    _, layer = find_layer(unwrap(model), target_layer)
+    around = set(enclosing(model, layer))
+    found: dict[nn.Module, None] = {}  # in order, each once
+
+    def walk(module: nn.Module) -> None:
+        if _is_compiled(module) and module not in around:
+            found[module] = None
+        else:
+            for child in module.children():
+                walk(child)
+
+    walk(model)
+    return list(found)
+
+
+@contextmanager
+def _until(
+    region: nn.Module,
+    is_past: Callable[[], bool],
+    lose: Callable[[], None],
+    as_written: Callable[[nn.Module], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Run a compiled module compiled until the pass is past the layer, and as written from then on."""
+
+    def choose(compiled: Callable[..., Any], written: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            note_if_run_again(region)
+            if not is_past():
+                return compiled(*args, **kwargs)
+            lose()
+            with uncompiled(region), as_written(region):
+                return written(*args, **kwargs)
+
+        return run
+
+    compiled_call, original = region._compiled_call_impl, _original_forward(region)
+    with ExitStack() as stack:
+        if compiled_call is not None:
+            stack.enter_context(attribute(region, "_compiled_call_impl", choose(compiled_call, region._call_impl)))
+        elif original is not None:
+            stack.enter_context(attribute(region, "forward", choose(region.forward, original)))
         yield
 
 
@@ -57,5 +143,30 @@ def compiled_exposed_layer(model: nn.Module) -> ExposedLayer | None:
     return None
 
 
+@contextmanager
+def _as_written(module: nn.Module) -> Iterator[None]:
+    forward = _original_forward(module)
+    with ExitStack() as stack:
+        if forward is not None:
+            stack.enter_context(attribute(module, "forward", forward))
+        if module._compiled_call_impl is not None:
+            stack.enter_context(attribute(module, "_compiled_call_impl", None))
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or _original_forward(module) is not None
+
+
 def _original_forward(module: nn.Module) -> Any:
     return getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+
+
+def _warn_of_loss(model: nn.Module) -> None:
+    warn_once(
+        "What is compiled of the model around the layer of the heatmaps, or behind it, runs as written, since PyTorch "
+        "has no second derivative of a compiled graph. The numbers are the same, at the speed of eager mode. Compile "
+        "what comes before the layer's output: `compile_below(model, x, target_layer)` in place of "
+        "`torch.compile(model)`.",
+        unwrap(model),
+    )

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import nn
 
 from cgc_reg.model.checkpoints import watch_checkpoints
-from cgc_reg.model.compilation import compiled_exposed_layer
+from cgc_reg.model.compilation import compiled_exposed_layer, regions
 from cgc_reg.model.replica import replicated
 from cgc_reg.model.state import BatchNormMode, left_as_found
 from cgc_reg.model.turns import in_turn
@@ -25,7 +25,12 @@ _GOING: ContextVar[bool] = ContextVar("_GOING", default=False)
 Seen = TypeVar("Seen")
 
 
-def extra_pass(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchNormMode) -> Seen:
+def extra_pass(
+    look: Callable[[nn.Module], Seen],
+    model: nn.Module,
+    mode: BatchNormMode,
+    target_layer: str | nn.Module | None,
+) -> Seen:
     """Make a pass that is not the step's own.
 
     It broadcasts no buffer to other processes, and leaves no trace in any buffer unless the mode is "update".
@@ -34,6 +39,7 @@ def extra_pass(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchN
         look: makes the pass with the model that it is given.
         model: wrapped or not.
         mode: what becomes of BatchNorm, see :func:`left_as_found`.
+        target_layer: the one layer that is looked at; None where others are.
 
     Raises:
         RuntimeError: the backward would run modules again in another mode.
@@ -46,7 +52,10 @@ def extra_pass(look: Callable[[nn.Module], Seen], model: nn.Module, mode: BatchN
                 with left_as_found(unwrap(model), mode):
                     return look(model)
             if unwrap(model) not in _CHECKPOINTED:
-                with left_as_found(unwrap(model), mode) as changed, watch_checkpoints(changed) as run_again:
+                with (
+                    left_as_found(unwrap(model), mode) as changed,
+                    watch_checkpoints(changed, regions(model, target_layer)) as run_again,
+                ):
                     seen = look(model)
                 if not run_again:
                     return seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
@@ -15,21 +15,24 @@ Weights = Mapping[nn.Module, Tensor]
 
 
 @contextmanager
-def used_weights(model: nn.Module) -> Iterator[Weights]:
+def used_weights(model: nn.Module, used: dict[nn.Module, Tensor], besides: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Keep the weights that linear layers make anew in the pass that is made inside this context.
 
     Args:
-        model: not wrapped.
+        model: not wrapped, or a part of one.
+        used: where to put them.
+        besides: parts of it that are compiled, where a hook would have them compiled anew.
     """
-    used: dict[nn.Module, Tensor] = {}
+    inside = {module for part in besides for module in part.modules()}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         used[module] = weight_in_use(module)
 
     with ExitStack() as hooks:
         for module in with_weights_of_a_pass(model):
-            hooks.callback(module.register_forward_hook(keep).remove)
-        yield used
+            if module not in inside:
+                hooks.callback(module.register_forward_hook(keep).remove)
+        yield
 
 
 def with_weights_of_a_pass(model: nn.Module) -> list[nn.Module]:

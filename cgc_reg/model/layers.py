@@ -20,14 +20,12 @@ def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn
     Raises:
         ValueError: the model has no such layer.
     """
-    modules: dict[str, nn.Module] = {
-        without_compilers(name): module for name, module in model.named_modules(remove_duplicate=False)
-    }
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(without_compilers(name), module)  # what `torch.compile` made of a layer comes before it
     if isinstance(target_layer, nn.Module):
-        if "_orig_mod" in target_layer._modules:  # what `torch.compile` made of a layer
-            target_layer = target_layer.get_submodule("_orig_mod")
         for name, module in modules.items():
-            if is_same(module, target_layer):
+            if is_same(_original(module), _original(target_layer)):
                 return name, module
         raise ValueError(
             f"`target_layer` must be a layer of the model that is looked at, a {type(model).__name__}; got a "
@@ -46,6 +44,10 @@ def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn
         f"{did_you_mean(name, modules) or did_you_mean_any(top for top, _ in model.named_children())} All names: "
         "`dict(model.named_modules())`."
     )
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module._modules.get("_orig_mod") or module
 
 
 # What to do where torch.fx traced a model, and no layer is left that its blocks were.

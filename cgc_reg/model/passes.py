@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cgc_reg._precision import without_autocast_cache
 from cgc_reg.model.capture import Capture, capture
-from cgc_reg.model.compilation import uncompiled, warn_if_compiled
+from cgc_reg.model.compilation import compiled_below, regions
 from cgc_reg.model.frozen import check_frozen_block
 from cgc_reg.model.head import Weights, used_weights
 from cgc_reg.model.layers import find_layer, is_channels_last
@@ -46,16 +46,14 @@ def forward_pass(
         output_fn: takes the model's output to logits (n, k); by default see :func:`find_logits`.
     """
     if not torch.is_grad_enabled():
-        with as_without_gradients():
-            made, _ = _run(model, x, target_layer, output_fn)
-            if made.logits.requires_grad:
-                return made
-            # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended. The
-            # model has had its pass, and this one leaves no trace in it.
-            with torch.enable_grad(), left_as_found(unwrap(model)):
-                made, _ = _run(model, x, target_layer, output_fn)
+        made, _ = _run(model, x, target_layer, output_fn)
+        if made.logits.requires_grad:
             return made
-    warn_if_compiled(model)
+        # A `no_grad` block of the model's own, around the layer, switched gradients off again when it ended. The
+        # model has had its pass, and this one leaves no trace in it.
+        with torch.enable_grad(), as_without_gradients(), left_as_found(unwrap(model)):
+            made, _ = _run(model, x, target_layer, output_fn)
+        return made
     warn_if_one_device(model)
     made, kept = _run(model, x, target_layer, output_fn)
     if kept.without_gradients:
@@ -67,12 +65,13 @@ def _run(
     model: nn.Module, x: Tensor, target_layer: str | nn.Module, output_fn: OutputFunction | None
 ) -> tuple[ForwardPass, Capture]:
     inner, parallel = unwrap(model), data_parallel(model)
+    weights: dict[nn.Module, Tensor] = {}
     inner_outputs: list[Any] = []
     with (
         nullcontext() if torch.is_grad_enabled() else without_autocast_cache(),
-        uncompiled(model),
-        used_weights(inner) as weights,
+        used_weights(inner, weights, besides=regions(model, target_layer)),
         capture(inner, target_layer) as kept,
+        compiled_below(model, target_layer, kept.is_past, lambda part: used_weights(part, weights)),
         ExitStack() as hook,
     ):
         if parallel is not None:

@@ -45,12 +45,15 @@ def _replicate(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module
     """
     if isinstance(module, torch.jit.ScriptModule):  # is no tree of Python objects
         return module
+    if "_orig_mod" in module._modules:  # what is compiled runs the original's modules
+        return _replicate(module.get_submodule("_orig_mod"), made)
     if not module._modules and not module._buffers:  # nothing of its own that a mode would change
         return module
     if module not in made:
         replica = made[module] = object.__new__(type(module))
         replica.__dict__ = {
-            **vars(module),
+            **{name: value for name, value in vars(module).items() if not hasattr(value, "_torchdynamo_orig_callable")},
+            "_compiled_call_impl": None,
             "_buffers": dict(module._buffers),
             "_modules": {
                 name: None if child is None else _replicate(child, made) for name, child in module._modules.items()

@@ -1,0 +1,138 @@
+"""Compile of a model what can stay compiled where heatmaps are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cgc_reg._checks import check_images
+from cgc_reg.model.compilation import enclosing, is_compiled
+from cgc_reg.model.given import ordinary
+from cgc_reg.model.hooks import forward_hook, forward_pre_hook
+from cgc_reg.model.layers import find_layer
+from cgc_reg.model.own import own_pass
+from cgc_reg.model.state import left_as_found
+from cgc_reg.model.turns import in_turn
+from cgc_reg.model.wrappers import unwrap
+
+
+class CompiledParts:
+    """The parts of a model that :func:`compile_below` has compiled.
+
+    Attributes:
+        names: of these modules, in the order in which they run.
+    """
+
+    def __init__(self, parts: dict[str, nn.Module]) -> None:
+        self.names = list(parts)
+        self._parts = list(parts.values())
+
+    def remove(self) -> None:
+        """Let these parts run as written again."""
+        for part in self._parts:
+            del part._compiled_call_impl
+        self._parts = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.names)})"
+
+
+def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **options: Any) -> CompiledParts:
+    """Compile, in place, what a model runs before the output of the layer that heatmaps are made of is complete.
+
+    PyTorch has no second derivative of a compiled graph, and heatmaps that are trained on need one from the layer's
+    output on. Everything before is differentiated once and may be compiled: in passes for heatmaps, of each explainer
+    of one layer, these parts stay so. They are as few and as large as can be: the children of the modules that hold
+    the layer, and the layer itself. What is around them, and the head, runs as written.
+
+    The model itself changes: ``model(x)`` runs these parts compiled too. Parameters, buffers and the keys of a
+    ``state_dict`` stay what they are. A copy of the model, or one from a file, runs as written, since compiled code
+    belongs to its modules: call this for the copy.
+
+    Args:
+        model: wrapped or not, and not compiled.
+        x: images (n, c, h, w), for one pass in which to see what runs when; it leaves no trace.
+        target_layer: dotted name of the layer, or the layer itself.
+        options: of :func:`torch.compile`.
+
+    Returns:
+        What was compiled; its ``remove()`` undoes that.
+
+    Raises:
+        ValueError: the model has no such layer, or is compiled already.
+        RuntimeError: the layer is not called.
+
+    Example:
+        >>> model, x = torchvision.models.resnet18(num_classes=10), torch.rand(2, 3, 64, 64)
+        >>> parts = compile_below(model, x, "layer4", backend="eager")
+        >>> parts
+        CompiledParts(conv1, bn1, layer1, layer2, layer3, layer4)
+        >>> heatmap = GradCAM("layer4")(model, x).heatmap
+        >>> parts.remove()
+    """
+    check_images("x", x)
+    inner = unwrap(model)
+    name, layer = find_layer(inner, target_layer)
+    if is_compiled(model):
+        raise ValueError(
+            "`model` must not be compiled yet, since `compile_below` chooses what can be; got a model of which parts "
+            "are. Leave out `torch.compile`, or call `remove()` on what an earlier call returned."
+        )
+    finished = _finished_before(inner, ordinary(x), name, layer)
+    names = {module: name for name, module in inner.named_modules()}
+    parts = {names[module]: module for module in _largest(inner, layer, finished)}
+    for part in parts.values():
+        part._compiled_call_impl = torch.compile(_with_code_of_its_own(part._call_impl), **options)
+    return CompiledParts(parts)
+
+
+def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -> dict[nn.Module, bool]:
+    """Run the model; tell of each module that ran whether it had done so for good when the layer's output was there."""
+    finished: dict[nn.Module, bool] = {}
+    past = False
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        finished[module] = False
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal past
+        finished[module] = not past
+        past = past or module is layer
+
+    with in_turn(model), ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(forward_pre_hook(module, begin))
+            stack.enter_context(forward_hook(module, end))
+        stack.enter_context(left_as_found(model))
+        stack.enter_context(own_pass())
+        stack.enter_context(torch.no_grad())
+        model(x.clone())  # which it may change in place
+    if layer not in finished:
+        raise RuntimeError(
+            f"`target_layer` must be a layer that the model's forward calls; got {name!r}, which it did not call."
+        )
+    return finished
+
+
+def _largest(model: nn.Module, layer: nn.Module, finished: dict[nn.Module, bool]) -> Iterable[nn.Module]:
+    """Give the outermost modules with parameters that run on their own before the layer's output is complete."""
+    around = set(enclosing(model, layer))
+    for child in model.children():
+        if child in around or child not in finished:
+            yield from _largest(child, layer, finished)
+        elif finished[child] and any(True for _ in child.parameters()):
+            yield child
+
+
+def _with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function in one whose code is no other's: the compiler counts what it compiles anew by code."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call

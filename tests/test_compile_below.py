@@ -1,0 +1,345 @@
+"""Parts that are compiled below the layer stay so in every pass, with the numbers of the uncompiled model."""
+
+import copy
+import pickle
+import warnings
+
+import explainers
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from inductor import compiles
+from model_zoo import CASES, prepare
+from networks import assert_same, buffers_of, settings_of
+from strategies import generator
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from cgc_reg import CAM, CGCRegularizer, FullGrad, GradCAM, compile_below, explain
+
+X = torch.randn(4, 3, 32, 32, generator=generator(0), dtype=torch.float64)
+Y = torch.tensor([0, 3, 1, 4])
+
+# The compiler's own, where it looks whether a part's input has a gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def net(**options):
+    """Build a net with a stem, a body and a head, each with a BatchNorm."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+    body = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    return Net(stem, body, nn.Linear(8, 5), **options).double()
+
+
+class Net(nn.Module):
+    def __init__(self, stem, body, head, saved=()):
+        super().__init__()
+        self.stem, self.body, self.head = stem, body, head
+        self.saved = saved  # what a checkpoint runs again
+
+    def forward(self, x):
+        for part in (self.stem, self.body):
+            x = checkpoint(part, x, use_reentrant=False) if part in self.saved else part(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class Backend:
+    """Counts what is compiled, and notes what runs compiled and whether a hook stands inside."""
+
+    def __init__(self, model):
+        self.graphs, self.runs, self.model, self.hooked = 0, 0, model, set()
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        compiled = lookup_backend("aot_eager")(graph, inputs)
+
+        def run(*inputs):
+            self.runs += 1
+            inside = [module for part in (self.model.stem, self.model.body) for module in part.children()]
+            self.hooked |= {module for module in inside if module._forward_hooks or module._forward_pre_hooks}
+            return compiled(*inputs)
+
+        return run
+
+
+def by_module(model, backend):
+    model.stem.compile(backend=backend)
+    model.body.compile(backend=backend)
+
+
+def by_child(model, backend):
+    model.stem = torch.compile(model.stem, backend=backend)
+    model.body = torch.compile(model.body, backend=backend)
+
+
+def by_forward(model, backend):
+    for part in (model.stem, model.body):
+        part.forward = torch.compile(part.forward, backend=backend)
+
+
+def below(model, backend):
+    compile_below(model, X, "body", backend=backend)
+
+
+WAYS = [by_module, by_child, by_forward, below]
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def call_step(reg, model, x=X, y=Y):
+    return F.cross_entropy(model(x), y) + reg(model, x, y)
+
+
+def compute_step(reg, model, x=X, y=Y):
+    out = reg.compute(model, x, y)
+    return F.cross_entropy(out.logits, y) + out.loss
+
+
+def reuse_step(reg, model, x=X, y=Y):
+    with reg.reuse(model):
+        return call_step(reg, model, x, y)
+
+
+def train(model, step=compute_step, steps=3, explainer=None, **options):
+    """Take some steps; return the losses and what they left, and how much had been compiled after each."""
+    reg = CGCRegularizer(explainer or GradCAM("body"), generator=generator(0), **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = step(reg, model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    gradients = {name.replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters()}
+    buffers = {name.replace("_orig_mod.", ""): value for name, value in buffers_of(model).items()}
+    return {"losses": torch.stack(losses), **{f"gradient of {n}": g for n, g in gradients.items()}, **buffers}
+
+
+def compiled(way, **options):
+    model = net(**options)
+    backend = Backend(model)
+    way(model, backend)
+    return model, backend
+
+
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@ways
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+def test_a_step_is_the_uncompiled_one_and_both_passes_run_compiled(way, bn_mode):
+    model, backend = compiled(way)
+    reg_options = {"bn_mode": bn_mode}
+    assert_equal(train(model, steps=1, **reg_options), train(net(), steps=1, **reg_options))
+    first, runs = backend.graphs, backend.runs
+    assert first == (4 if bn_mode == "eval" else 2)
+    assert runs == 4  # two parts, in two passes
+    train(model, **reg_options)
+    assert backend.graphs == first
+    assert backend.runs == 4 * runs
+    assert not backend.hooked
+
+
+@pytest.mark.parametrize("backend", ["inductor"] * compiles)
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # its own, in torch 2.6
+def test_inductor_gives_the_step_but_for_rounding(backend):
+    model, plain = net().float(), net().float()
+    compile_below(model, X.float(), "body", backend=backend)
+    for each in (model, plain):
+        compute_step(CGCRegularizer("body", generator=generator(0)), each, X.float()).backward()
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("heatmap", sorted(explainers.EXPLAINERS))
+def test_each_explainer_of_one_layer_keeps_them(heatmap):
+    model, backend = compiled(below)
+    explainer = explainers.EXPLAINERS[heatmap]("body")
+    assert_equal(train(model, explainer=explainer), train(net(), explainer=explainer))
+    assert backend.runs == 12
+
+
+@pytest.mark.parametrize("step", [call_step, compute_step, reuse_step])
+@pytest.mark.parametrize("training", [True, False])
+def test_each_loop_trains_as_uncompiled(step, training):
+    model, _ = compiled(below)
+    assert_equal(train(model.train(training), step), train(net().train(training), step))
+
+
+def test_a_detached_key_is_that_of_the_uncompiled_model():
+    model, backend = compiled(below)
+    assert_equal(train(model, detach_key=True), train(net(), detach_key=True))
+    assert backend.graphs == 4  # without gradients the parts are others
+    assert backend.runs == 12
+
+
+def test_autocast_is_that_of_the_uncompiled_model():
+    results = []
+    for model in (compiled(below)[0].float(), net().float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            compute_step(CGCRegularizer("body", generator=generator(0)), model, X.float()).backward()
+        results.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    found, expected = results
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("saved", ["stem", "body"])
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+def test_a_checkpoint_changes_nothing(saved, bn_mode):
+    results = []
+    for model in (net(), net(), net()):
+        if len(results) < 2:
+            model.saved = [model.get_submodule(saved)]
+        if not results:
+            compile_below(model, X, "body", backend="aot_eager")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*runs as written")
+            results.append(train(model, bn_mode=bn_mode))
+    assert_equal(results[0], results[1])
+
+
+def test_batches_of_any_size_share_what_is_compiled():
+    model, backend = compiled(below)
+    reg = CGCRegularizer("body", generator=generator(0))
+    for count in (4, 3, 2):
+        compute_step(reg, model, X[:count], Y[:count]).backward()
+        graphs = {count: backend.graphs}
+    compute_step(reg, model, X[:3], Y[:3]).backward()
+    assert backend.graphs == graphs[2] <= 4  # each part once, and once more for any size
+
+
+def test_looking_keeps_them_too_and_leaves_no_graph():
+    model, backend = compiled(below)
+    expected = explain(net(), X, "body", Y)
+    assert_equal(explain(model, X, "body", Y), expected)
+    runs = backend.runs
+    with torch.no_grad():
+        seen = GradCAM("body")(model.eval(), X, Y)
+    assert_equal(seen.heatmap, expected)
+    assert not seen.heatmap.requires_grad
+    assert backend.runs == runs + 2
+
+
+# ---- what cannot stay compiled
+
+
+def lost(model, backend):
+    """What is compiled behind the layer."""
+    model.stem.compile(backend=backend)
+    model.head.compile(backend=backend)
+
+
+def around(model, backend):
+    model.compile(backend=backend)
+
+
+def by_function(model, backend):
+    model.forward = torch.compile(model.forward, backend=backend)
+
+
+@pytest.mark.parametrize(("way", "runs"), [(lost, 2), (around, 0), (by_function, 0)])
+def test_what_is_around_the_layer_or_behind_it_runs_as_written_with_one_warning(way, runs):
+    model, backend = compiled(way)
+    with pytest.warns(UserWarning, match=r"compile_below\(model, x, target_layer\)") as said:
+        found = train(model, steps=1)
+    assert len(said) == 1
+    assert backend.runs == runs
+    assert_equal(found, train(net(), steps=1))
+    train(model)  # without a further warning
+
+
+def test_a_compiled_head_that_makes_its_weight_anew_shows_it():
+    model, plain = net(), net()
+    for each in (model, plain):
+        prune.l1_unstructured(each.head, "weight", 0.5)
+    model.head.compile(backend="aot_eager")
+    with pytest.warns(UserWarning, match="runs as written"):
+        assert_equal(train(model, explainer=CAM("body")), train(plain, explainer=CAM("body")))
+
+
+def test_an_explainer_of_all_layers_runs_all_as_written():
+    model, backend = compiled(below)
+    with pytest.warns(UserWarning, match="runs as written"):
+        found = FullGrad()(model.eval(), X, Y).heatmap
+    assert_equal(found, FullGrad()(net().eval(), X, Y).heatmap)
+    assert backend.runs == 0
+
+
+# ---- the parts
+
+
+def test_the_parts_are_the_largest_that_end_with_the_layer():
+    model = torchvision.models.resnet18(num_classes=5)
+    parts = compile_below(model, torch.rand(2, 3, 64, 64), "layer3", backend="eager")
+    assert parts.names == ["conv1", "bn1", "layer1", "layer2", "layer3"]
+    assert repr(parts) == "CompiledParts(conv1, bn1, layer1, layer2, layer3)"
+    parts.remove()
+    inside = compile_below(model, torch.rand(2, 3, 64, 64), model.layer3[0], backend="eager")
+    assert inside.names == ["conv1", "bn1", "layer1", "layer2", "layer3.0"]
+
+
+def test_removing_leaves_the_model_as_it_was():
+    model = net()
+    before, keys = settings_of(model), model.state_dict().keys()
+    parts = compile_below(model, X, "body", backend="eager")
+    assert model.state_dict().keys() == keys
+    parts.remove()
+    assert settings_of(model) == before
+    compile_below(model, X, "body", backend="eager").remove()  # and again
+
+
+def test_copies_and_files_run_as_written():
+    model, backend = compiled(below)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(copied(X), net()(X))
+    assert backend.runs == 0
+    model.load_state_dict(model.state_dict())
+    model(X)
+    assert backend.runs == 2
+
+
+def test_the_pass_that_looks_leaves_no_trace():
+    model, untouched = net(), net()
+    compile_below(model, X, "body", backend="eager")
+    assert_same(model.state_dict(), untouched.state_dict())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_cannot_be_compiled_is_refused():
+    model = net()
+    model.never = nn.Conv2d(3, 3, 1)
+    with pytest.raises(RuntimeError, match="'never', which it did not call"):
+        compile_below(model, X, "never")
+    with pytest.raises(ValueError, match="Do you mean 'body'"):
+        compile_below(model, X, "bodi")
+    compile_below(model, X, "body", backend="eager")
+    with pytest.raises(ValueError, match=r"not be compiled yet.*`remove\(\)`"):
+        compile_below(model, X, "body")
+
+
+CNNS = [case for case in CASES if case.small and not case.reshape]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=f"{case.source}: {case.name}") for case in CNNS])
+def test_nearly_all_of_a_cnn_can_be_compiled(case):
+    model, x = prepare(case)
+    parts = compile_below(model, x, case.layer, backend="eager")
+    parts.remove()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    of = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    total = counter.get_total_flops()
+    assert sum(of.get(name, 0) for name in parts.names) > 0.92 * total
