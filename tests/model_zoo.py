@@ -19,11 +19,20 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 from torchvision.models.resnet import Bottleneck
 
-from cgc_reg import CGCRegularizer, GradCAM, RandomAffine, TokensToMaps, channels_last_to_maps, suggest_target_layer
+from cgc_reg import (
+    CGCRegularizer,
+    GradCAM,
+    RandomAffine,
+    TokensToMaps,
+    channels_last_to_maps,
+    compile_below,
+    suggest_target_layer,
+)
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 CLASSES, BATCH, TAU = 10, 2, 0.5
@@ -56,6 +65,8 @@ class Row:
     difference: float
     suggestion: str
     warned: bool
+    parts: int
+    share: float
     problems: list[str]
 
 
@@ -398,6 +409,7 @@ def check(case):
         for stage in stages(model, case.layer)
         if stage != case.aside and inside(stage, actual) and not inside(stage, alive)
     ]
+    parts, share = compiled_below(model, x, case.layer)
     laws = {
         "the loss is the slow one": math.isfinite(loss) and abs(loss - slow.item()) < 1e-9,
         "heatmaps are not blank": blank == 0,
@@ -422,8 +434,20 @@ def check(case):
         difference=distance,
         suggestion=suggestion,
         warned=bool(warned),
+        parts=parts,
+        share=share,
         problems=[law for law, holds in laws.items() if not holds],
     )
+
+
+def compiled_below(model, x, layer):
+    """Return how many parts `compile_below` compiles, and what share of a pass's multiply-adds is inside them."""
+    parts = compile_below(model, x, layer, backend="eager")
+    parts.remove()  # what is counted runs as written
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    inside = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return len(parts.names), sum(inside.get(name, 0) for name in parts.names) / counter.get_total_flops()
 
 
 def line(case, row):
@@ -439,6 +463,7 @@ def line(case, row):
         f"{row.blank:.2f}",
         f"{row.absent} of {row.tensors}",
         f"{row.difference:.0e}",
+        f"{row.parts}, {row.share:.1%}",
         "; ".join([suggestion, *["warned of BatchNorm"] * row.warned, *(f"**not so: {law}**" for law in row.problems)]),
     ]
     return f"| {' | '.join(cells)} |"
@@ -446,8 +471,8 @@ def line(case, row):
 
 HEAD = """
 | model | family | parameters, millions | image | target layer | heatmap | loss | blank | no gradient | difference \
-| suggested |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+| compiled | suggested |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
 TEXT = """\
 # Models
 
@@ -469,7 +494,9 @@ which are larger, and some made small by their constructors' arguments. timm's a
 many families, transformers among them.
 
 *No gradient* counts parameter tensors: biases behind the layer, and auxiliary heads. *Difference* is the largest one
-from the plain computation's gradient, relative to the largest value of that parameter's gradient.
+from the plain computation's gradient, relative to the largest value of that parameter's gradient. *Compiled* are the
+parts that `compile_below` compiles, and the share of a pass's multiply-adds that is inside them: on larger images the
+head's share, which is outside, is smaller.
 
 torch {torch}, torchvision {torchvision}, timm {timm}, one thread of an {machine} CPU, {minutes:.0f} minutes.
 """
