@@ -19,7 +19,9 @@ from cgc_reg import (
     CGCRegularizer,
     Explainer,
     GradCAM,
+    LayerCAM,
     RandomResizedCropFlip,
+    compile_below,
     consistency,
     expose_layer,
     grad_cam,
@@ -187,7 +189,14 @@ def make_compiled_rows(steps: Steps) -> dict[str, Row]:
     exposed = torch.compile(expose_layer(other, steps.layer))
     own = torch.optim.SGD(other.parameters(), 1e-3, momentum=0.9)
     compute = steps.compute(exposed, explainer=CAM, optimizer=own)
-    return {both: Row(plain, both), f"compiled: {COMPUTE}, layer exposed": Row(compute, both)}
+    rows = {both: Row(plain, both), f"compiled: {COMPUTE}, layer exposed": Row(compute, both)}
+    for g in (GradCAM, LayerCAM):
+        model = copy.deepcopy(steps.model)
+        compile_below(model, steps.x, steps.layer)
+        own = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        name = f"compiled: {COMPUTE}, `{g.__name__}`, `compile_below`"
+        rows[name] = Row(steps.compute(model, explainer=g, optimizer=own), both)
+    return rows
 
 
 def draw(x: Tensor) -> Callable[[Tensor], Tensor]:
