@@ -23,9 +23,6 @@ from cgc_reg import CAM, CGCRegularizer, FullGrad, GradCAM, compile_below, expla
 X = torch.randn(4, 3, 32, 32, generator=generator(0), dtype=torch.float64)
 Y = torch.tensor([0, 3, 1, 4])
 
-# The compiler's own, where it looks whether a part's input has a gradient.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():

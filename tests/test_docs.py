@@ -21,8 +21,6 @@ PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs"
 WITH_PYTHON = [name for name, path in PAGES.items() if "```python" in path.read_text()]
 
 
-# The compiler's own, where it looks whether a part's input has a gradient.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
     # Its default backend takes a C++ compiler and a minute.
