@@ -84,7 +84,7 @@ class Steps:
 
     def plain(self, views: int, model: nn.Module | None = None, *, amp: bool = False) -> Work:
         """Make a step with cross-entropy alone, on so many views."""
-        model = model or self.model
+        model = self.model if model is None else model  # a compiled one has no truth value
 
         def loss() -> Tensor:
             images = [self.x, *(draw(self.x)(self.x) for _ in range(views - 1))]
@@ -103,7 +103,8 @@ class Steps:
         **options: object,
     ) -> Work:
         """Make a step with `reg.compute`, on a share of the batch."""
-        model, reg = model or self.model, CGCRegularizer(explainer(self.layer), **options)
+        model = self.model if model is None else model
+        reg = CGCRegularizer(explainer(self.layer), **options)
         count = round(share * len(self.x))
 
         def loss() -> Tensor:
