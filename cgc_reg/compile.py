@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cgc_reg._checks import check_images
 from cgc_reg.model.compilation import enclosing, is_compiled
 from cgc_reg.model.given import ordinary
-from cgc_reg.model.hooks import forward_hook, forward_pre_hook
+from cgc_reg.model.hooks import forward_hook
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.own import own_pass
 from cgc_reg.model.state import left_as_found
@@ -84,7 +84,7 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
         )
     finished = _finished_before(inner, ordinary(x), name, layer)
     names = {module: name for name, module in inner.named_modules()}
-    parts = {names[module]: module for module in _largest(inner, layer, finished)}
+    parts = {names[module]: module for module in _largest(inner, set(enclosing(inner, layer)), finished)}
     for part in parts.values():
         part._compiled_call_impl = torch.compile(_with_code_of_its_own(part._call_impl), **options)
     return CompiledParts(parts)
@@ -95,9 +95,6 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
     finished: dict[nn.Module, bool] = {}
     past = False
 
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        finished[module] = False
-
     def end(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal past
         finished[module] = not past
@@ -105,8 +102,8 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
 
     with in_turn(model), ExitStack() as stack:
         for module in model.modules():
-            stack.enter_context(forward_pre_hook(module, begin))
-            stack.enter_context(forward_hook(module, end))
+            if not isinstance(module, torch.jit.ScriptModule):  # takes no hook, and is compiled in a way of its own
+                stack.enter_context(forward_hook(module, end))
         stack.enter_context(left_as_found(model))
         stack.enter_context(own_pass())
         stack.enter_context(torch.no_grad())
@@ -118,12 +115,11 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
     return finished
 
 
-def _largest(model: nn.Module, layer: nn.Module, finished: dict[nn.Module, bool]) -> Iterable[nn.Module]:
-    """Give the outermost modules with parameters that run on their own before the layer's output is complete."""
-    around = set(enclosing(model, layer))
+def _largest(model: nn.Module, around: Collection[nn.Module], finished: dict[nn.Module, bool]) -> Iterable[nn.Module]:
+    """Give the outermost modules that have parameters and run before the layer's output is there, but not around it."""
     for child in model.children():
         if child in around or child not in finished:
-            yield from _largest(child, layer, finished)
+            yield from _largest(child, around, finished)
         elif finished[child] and any(True for _ in child.parameters()):
             yield child
 

@@ -287,6 +287,16 @@ def test_the_parts_are_the_largest_that_end_with_the_layer():
     assert inside.names == ["conv1", "bn1", "layer1", "layer2", "layer3.0"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_part_stays_what_it_is():
+    model = net()
+    model.stem = torch.jit.script(model.stem)
+    parts = compile_below(model, X, "body", backend="aot_eager")
+    assert parts.names == ["body"]
+    assert_equal(train(model), train(net()))
+
+
 def test_removing_leaves_the_model_as_it_was():
     model = net()
     before, keys = settings_of(model), model.state_dict().keys()
