@@ -121,16 +121,16 @@ def test_accuracy_is_compared_with_the_best_baseline():
 
 
 def test_gain_kept_is_a_share_of_the_whole_gain():
-    made, runs = make({"plain": [1.0, 2.0], "whole": [2.0, 4.0], "half": [1.5, 2.5]}, full="whole", metrics=("cgc",))
+    made, runs = make({"plain": [1.0, 2.0], "whole": [2.0, 4.0], "half": [1.5, 2.5]}, full=("whole",), metrics=("cgc",))
     assert "| half | 0.375 (0.250 to 0.500) |" in study_report.study_report(made, runs)
     # A seed that one setting lacks counts for none; the others stay in step.
-    made, runs = make({"plain": [1.0, 2.0], "whole": [2.0, 4.0], "half": [1.5, 2.5]}, full="whole", metrics=("cgc",))
+    made, runs = make({"plain": [1.0, 2.0], "whole": [2.0, 4.0], "half": [1.5, 2.5]}, full=("whole",), metrics=("cgc",))
     del runs[made.settings[2]][0]
     report = study_report.study_report(made, runs)
     assert "| half | 0.250 (0.250 to 0.250) |" in report
     assert "| whole | 1.000 (1.000 to 1.000) |" in report
     # Of accuracy there is no whole gain to have a share of.
-    made, runs = make({"plain": [1.0], "whole": [1.0]}, full="whole")
+    made, runs = make({"plain": [1.0], "whole": [1.0]}, full=("whole",))
     assert "| whole | 0" not in study_report.study_report(made, runs)
 
 

@@ -45,7 +45,8 @@ class Study:
             much was measured, counts here too, so studies that share trainings must evaluate them alike.
         x_axis: what `x` is.
         accuracy_baselines: accuracies are compared with the best of these, instead of with each setting's baseline.
-        full: the setting whose gain over its baseline is the whole gain, where the report tells what others keep of it.
+        full: settings whose gain over their baseline is the whole gain, where the report tells what others beside the
+            same baseline keep of it.
     """
 
     title: str
@@ -56,7 +57,7 @@ class Study:
     evaluate: str = "--images 128"
     x_axis: str | None = None
     accuracy_baselines: tuple[str, ...] = ()
-    full: str | None = None
+    full: tuple[str, ...] = ()
 
     def options_of(self, setting: Setting) -> str:
         return f"{self.common} {setting.options}".strip()
@@ -70,7 +71,7 @@ def read_study(path: Path) -> Study:
     except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
         raise SystemExit(f"error: {path} is not a study ({error}).") from None
     names = [setting.name for setting in study.settings]
-    mentioned = {*(setting.baseline for setting in study.settings), study.full, *study.accuracy_baselines}
+    mentioned = {*(setting.baseline for setting in study.settings), *study.full, *study.accuracy_baselines}
     if not names or len(set(names)) < len(names) or mentioned - {*names, None}:
         raise SystemExit(f"error: {path} must name its settings apart, and their baselines as them; got {names}.")
     return study

@@ -13,6 +13,7 @@ from lab.study_config import Setting, Study
 
 Runs = Mapping[Setting, Mapping[int, Mapping[str, float]]]  # setting -> seed -> what was found
 ACCURACIES = ("top1", "top5", "balanced_accuracy")
+GAINS = ("cgc", "margin", "content_heatmap")  # what CGC raises or lowers in each study: a share of it can be kept
 
 
 def study_report(study: Study, runs: Runs) -> str:
@@ -24,7 +25,7 @@ def study_report(study: Study, runs: Runs) -> str:
     differences = differences_table(study, runs)
     if differences:
         parts += ["Difference from the baseline, paired by seed, with its 95 % confidence interval:", differences]
-    if study.full is not None:
+    if study.full:
         parts += ["Share kept of the whole gain over the baseline, seed by seed:", gains_table(study, runs)]
     return "\n\n".join(parts)
 
@@ -80,23 +81,22 @@ def differences(runs: Runs, setting: Setting, metric: str, baselines: Sequence[s
 
 
 def gains_table(study: Study, runs: Runs) -> str:
-    """Tell what share of the full setting's gain each setting keeps, for the seeds that all have; "" without them."""
-    full = next((setting for setting in runs if setting.name == study.full), None)
+    """Tell what share of the whole gain over its baseline each setting keeps, for the seeds that all settings have."""
+    whole = {setting.baseline: setting for setting in runs if setting.name in study.full}
     seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
-    if full is None or not seeds:
-        return ""
     runs = {setting: {seed: found[seed] for seed in seeds} for setting, found in runs.items()}
-    # CGC promises no gain in accuracy, of which a share could be kept.
-    metrics = [metric for metric in study.metrics if metric not in ACCURACIES]
+    metrics = [metric for metric in study.metrics if metric in GAINS]
     rows = []
     for setting in runs:
-        if setting.baseline is not None:
+        if seeds and setting.baseline in whole:
             cells = []
             for metric in metrics:
-                whole, own = (differences(runs, one, metric, [one.baseline or ""]) for one in (full, setting))
-                cells.append(spread([a / b for a, b in zip(own, whole, strict=True)]))
+                full, own = (
+                    differences(runs, one, metric, [one.baseline or ""]) for one in (whole[setting.baseline], setting)
+                )
+                cells.append(spread([a / b for a, b in zip(own, full, strict=True)]))
             rows.append([setting.name, *cells])
-    return table(["training", *(TITLES[metric] for metric in metrics)], rows)
+    return table(["training", *(TITLES[metric] for metric in metrics)], rows) if rows else ""
 
 
 def spread(values: Sequence[float]) -> str:
