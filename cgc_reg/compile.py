@@ -14,9 +14,7 @@ from cgc_reg.model.compilation import enclosing, is_compiled
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.hooks import forward_hook
 from cgc_reg.model.layers import find_layer
-from cgc_reg.model.own import own_pass
 from cgc_reg.model.state import left_as_found
-from cgc_reg.model.turns import in_turn
 from cgc_reg.model.wrappers import unwrap
 
 
@@ -100,12 +98,11 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
         finished[module] = not past
         past = past or module is layer
 
-    with in_turn(model), ExitStack() as stack:
+    with ExitStack() as stack:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hook, and is compiled in a way of its own
                 stack.enter_context(forward_hook(module, end))
         stack.enter_context(left_as_found(model))
-        stack.enter_context(own_pass())
         stack.enter_context(torch.no_grad())
         model(x.clone())  # which it may change in place
     if layer not in finished:

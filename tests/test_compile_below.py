@@ -63,7 +63,8 @@ class Backend:
 
         def run(*inputs):
             self.runs += 1
-            inside = [module for part in (self.model.stem, self.model.body) for module in part.children()]
+            parts = (self.model.stem, self.model.body)
+            inside = [module for part in parts for module in part.modules() if module is not part]
             self.hooked |= {module for module in inside if module._forward_hooks or module._forward_pre_hooks}
             return compiled(*inputs)
 
@@ -318,10 +319,28 @@ def test_copies_and_files_run_as_written():
 
 
 def test_the_pass_that_looks_leaves_no_trace():
-    model, untouched = net(), net()
-    compile_below(model, X, "body", backend="eager")
-    assert_same(model.state_dict(), untouched.state_dict())
+    model, untouched, x = net(), net(), X.clone()
+    model.stem.insert(0, nn.ReLU(inplace=True))  # which writes on the images
+    compile_below(model, x, "body", backend="eager")
+    assert_same(x, X)
+    assert_same([*model.state_dict().values()], [*untouched.state_dict().values()])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_compiler_gives_up_on_no_part_however_many_there_are():
+    """It compiles a function for eight modules, and in silence leaves the ninth as written."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()) for _ in range(10)))
+    model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *inputs: runs.append(graph) or graph(*inputs)
+
+    parts = compile_below(model, X.float(), "9", backend=backend)
+    assert parts.names == [str(i) for i in range(10)]
+    GradCAM("9")(model, X.float())
+    assert len(runs) == len(set(runs)) == 10
 
 
 def test_what_cannot_be_compiled_is_refused():
