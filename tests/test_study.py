@@ -50,9 +50,14 @@ def tiny(tmp_path):
     return path
 
 
-def test_study_makes_each_training_once(tiny, tmp_path, capsys, monkeypatch):
-    # In this process, which saves eight starts of Python; the next test makes its training in one of its own.
+@pytest.fixture
+def _in_this_process(monkeypatch):
+    """Save some ten starts of Python; a training in a process of its own is test_lab_training's."""
     monkeypatch.setattr(study, "run_script", lambda command, **_: command_line.main(list(map(str, command[2:]))))
+
+
+@pytest.mark.usefixtures("_in_this_process")
+def test_study_makes_each_training_once(tiny, tmp_path, capsys):
     command = [str(tiny), "--out", str(tmp_path / "runs"), "--picture", str(tmp_path / "picture.png"), "--jobs", "1"]
     study.main([str(tiny), "--report"])
     assert capsys.readouterr().out == "There are no results yet.\n"
@@ -75,6 +80,7 @@ def test_study_makes_each_training_once(tiny, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "results" / "tiny.jsonl").read_text() == both
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_an_interrupted_training_counts_with_the_epochs_that_it_had_made(tiny, tmp_path):
     made = read_study(tiny)
     plain = made.settings[0]
