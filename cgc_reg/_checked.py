@@ -17,6 +17,7 @@ from cgc_reg.model.extra import is_extra_pass
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
+from cgc_reg.model.sharded import through_shards
 from cgc_reg.model.turns import in_turn
 from cgc_reg.model.wrappers import data_parallel, unwrap, warn_if_one_device
 
@@ -42,7 +43,14 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
         )
     measuring = nullcontext() if torch.is_grad_enabled() else as_without_gradients()
     # Its inner gradient needs a graph, and what can be differentiated twice.
-    with in_turn(model), measuring, torch.enable_grad(), uncompiled(model), unfused_attention():
+    with (
+        in_turn(model),
+        measuring,
+        torch.enable_grad(),
+        uncompiled(model),
+        unfused_attention(),
+        through_shards(model, trains=torch.is_grad_enabled()) as hold,
+    ):
         seen = explainer(unwrap(model) if parallel is None else parallel, ordinary(x), target)
     if not isinstance(seen, Explanation):
         raise TypeError(f"The explainer must return an Explanation; got {describe(seen)}.")
@@ -59,4 +67,4 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
             "The explainer must return logits in the graph, since a cross-entropy on them would train nothing; got "
             "some without. Take them from a pass with gradients, and do not detach them."
         )
-    return in_its_graph(Explanation(at_least_float32(heatmap), logits, target, seen.output), model, x)
+    return in_its_graph(Explanation(hold(at_least_float32(heatmap)), logits, target, seen.output), model, x)

@@ -25,7 +25,6 @@ from cgc_reg.model.head import head_weight
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.maps import activation_maps, as_maps
 from cgc_reg.model.passes import ForwardPass, exposed_pass
-from cgc_reg.model.processes import check_inner_gradient
 from cgc_reg.model.wrappers import unwrap
 from cgc_reg.rules import (
     HeatmapRule,
@@ -76,15 +75,10 @@ class LayerExplainer(AtLayer):
         return {"rule": self.rule} | super()._options() if type(self) is LayerExplainer else super()._options()
 
     @override
-    def _pass(self, model: nn.Module, x: Tensor) -> ForwardPass:
-        check_inner_gradient(model, type(self).__name__)
-        return super()._pass(model, x)
-
-    @override
     def _heatmap(self, model: nn.Module, made: ForwardPass, target: Tensor) -> Tensor:
         activation = activation_maps(made, self.reshape_transform)
         (gradient,) = score_gradients(
-            made.inner_logits, [made.layer_output], target, create_graph=torch.is_grad_enabled()
+            model, made.inner_logits, [made.layer_output], target, create_graph=torch.is_grad_enabled()
         )
         if gradient is None:
             repair = (

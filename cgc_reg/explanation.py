@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from cgc_reg.model.processes import is_sharded, reach_all_parameters
+from cgc_reg.model.processes import reach_all_parameters
+from cgc_reg.model.sharded import is_sharded
 from cgc_reg.model.trainability import check_trainable
 from cgc_reg.model.wrappers import data_parallel
 

@@ -20,7 +20,6 @@ from cgc_reg.model.biases import kept_biases
 from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.gradient import score_gradients
 from cgc_reg.model.outputs import find_logits
-from cgc_reg.model.processes import check_inner_gradient
 from cgc_reg.model.state import norms_in_training
 from cgc_reg.model.wrappers import unwrap
 from cgc_reg.rules import full_grad
@@ -70,7 +69,7 @@ class FullGrad:
         """Run the model on x, once, and explain its scores; arguments are those of calling GradCAM.
 
         Raises:
-            ValueError, TypeError: an argument is not as described; or it is to train in float16, or a sharded model.
+            ValueError, TypeError: an argument is not as described; or it is to train in float16.
             RuntimeError: the model cuts its images off from the logits, or the heatmap would train nothing.
         """
         return self._explain(model, x, target, [])
@@ -115,7 +114,7 @@ class FullGrad:
             logits = find_logits(output, self.output_fn, len(x))
         target = target_of(target, ordinary(logits))
         places = [bias.place for bias in biases]
-        by_image, *by_result = score_gradients(logits, [x, *places], target, create_graph=trains)
+        by_image, *by_result = score_gradients(model, logits, [x, *places], target, create_graph=trains)
         if by_image is None:
             raise RuntimeError(
                 "`model` must lead from its images to the logits through autograd; got one that cuts them off. Take "
@@ -135,7 +134,6 @@ class FullGrad:
 
 def _check_training(model: nn.Module, x: Tensor) -> None:
     """Refuse what cannot be trained by a gradient through the whole network, and warn of what mixes images."""
-    check_inner_gradient(model, "FullGrad")
     if precision_of(x) is torch.float16:
         raise ValueError(
             "FullGrad must train in bfloat16 or float32, since its gradient leaves the range of float16; got float16. "

@@ -7,20 +7,34 @@ import contextlib
 import functools
 import itertools
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import explainers
 import gloo
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from networks import relu_net
 from strategies import generator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.convnext import CNBlockConfig
 
-from cgc_reg import FullGrad, GradCAM, RandomResizedCropFlip, compile_below, expose_layer
+from cgc_reg import (
+    CGCRegularizer,
+    Explanation,
+    FullGrad,
+    GradCAM,
+    HiResCAM,
+    RandomResizedCropFlip,
+    TokensToMaps,
+    compile_below,
+    expose_layer,
+)
 
 WORLDS = [2, 3]
 BATCH = 3  # of each process
@@ -74,8 +88,34 @@ def reuse(model, share):
         return F.cross_entropy(model(X[share]), Y[share]) + reg(model, X[share])
 
 
+def call_first(model, share, **options):
+    loss = regularizer(share, **options)(model, X[share])
+    return loss + F.cross_entropy(first(model(X[share])), Y[share])
+
+
+def detached(model, share, **options):
+    return compute(model, share, detach_key=True, **options)
+
+
+def two_layers(model, share, **options):
+    lower, upper = (HiResCAM(layer)(model, X[share], Y[share]) for layer in ("features.0", "features"))
+    return lower.heatmap.square().mean() + upper.heatmap.square().mean() + F.cross_entropy(upper.logits, Y[share])
+
+
+def theirs(model, share, **options):
+    return CGCRegularizer(input_gradient, transform=Prepared(T[share]), **options)(model, X[share])
+
+
+def input_gradient(model, x, target):
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    target = logits.argmax(dim=1) if target is None else target
+    (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), x, create_graph=True)
+    return Explanation(gradient.square().sum(dim=1), logits, target)
+
+
 def full_grad(model, share, **options):
-    return FullGrad()(model, X[share]).heatmap.sum()
+    return FullGrad()(model, X[share]).heatmap.sum() / (share.stop - share.start)
 
 
 LOOPS = {"compute": compute, "call": call, "compute alone": compute_alone, "call alone": call_alone}
@@ -86,7 +126,17 @@ WRAPPERS = {
     "static graph": {"static_graph": True},
 }
 SHARDING = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 runs on CPUs from torch 2.7 on
-SHARDED_LOOPS = LOOPS if SHARDING else ()
+SHARDED_LOOPS = {
+    **{
+        f"{name}, {heatmap}": functools.partial(loop, heatmap=heatmap)
+        for name, loop in {**LOOPS, "call first": call_first, "detached": detached}.items()
+        for heatmap in ("class_activation", "grad_cam")
+    },
+    "two layers": two_layers,
+    "full_grad": full_grad,
+    "an explainer of their own": theirs,
+}
+ACCUMULATED = "compute, grad_cam"
 ALL_LOOPS = {**LOOPS, "heatmap alone": heatmap_alone, "reuse": reuse}
 TRAININGS = [
     (loop, wrapper, accumulate)
@@ -115,12 +165,25 @@ def train(rank, model, inner, loop, accumulate=False, steps=3, **options):
         for _ in range(steps):
             optimizer.zero_grad()
             for synchronised in [False, True] if accumulate else [True]:
-                with contextlib.nullcontext() if synchronised else model.no_sync():
+                with not_synchronised(model, not synchronised):
                     loop(model, SHARES[rank], **options).backward()
             optimizer.step()
     except (RuntimeError, ValueError) as error:
         return {"error": str(error)}
     return {name: whole(parameter).detach().clone() for name, parameter in inner.named_parameters()}
+
+
+@contextlib.contextmanager
+def not_synchronised(model, on):
+    if hasattr(model, "no_sync"):
+        with model.no_sync() if on else contextlib.nullcontext():
+            yield
+    else:
+        for option in (model.set_requires_gradient_sync, model.set_is_last_backward) if on else ():
+            option(False)
+        yield
+        for option in (model.set_requires_gradient_sync, model.set_is_last_backward) if on else ():
+            option(True)
 
 
 def whole(parameter):
@@ -148,14 +211,53 @@ def compiled_below_ddp(rank, wrapper, compiles=True):
     return train(rank, DistributedDataParallel(inner, **WRAPPERS[wrapper]), inner, compute, steps=2)
 
 
-def sharded(rank, world, loop, parts=(), **options):
-    inner = network()
+def sharded(rank, world, loop, inner, parts=(), reshard=False, **options):
     mesh = init_device_mesh("cpu", (world,))
     for part in parts:
-        fully_shard(inner.get_submodule(part), mesh=mesh, reshard_after_forward=options.pop("reshard", False))
+        fully_shard(inner.get_submodule(part), mesh=mesh, reshard_after_forward=reshard)
     fully_shard(inner, mesh=mesh)
-    options.setdefault("heatmap", "class_activation")
-    return train(rank, inner, inner, {**LOOPS, "full_grad": full_grad}[loop], gather_distributed=True, **options)
+    end = train(rank, inner, inner, loop, gather_distributed=True, **options)
+    gathered = [name for name, parameter in inner.named_parameters() if not hasattr(parameter, "full_tensor")]
+    return {"error": f"{gathered} stayed gathered", **end} if gathered else end
+
+
+class Model(NamedTuple):
+    """A real network, what is sharded on its own, and the layer of its heatmaps."""
+
+    build: Callable[[], nn.Module]
+    parts: list[str]
+    g: GradCAM
+
+    def made(self):
+        torch.manual_seed(0)
+        return self.build().double()
+
+    def step(self, model, share, **options):
+        reg = CGCRegularizer(self.g, transform=Prepared(T[share]), **options)
+        out = reg.compute(model, X[share])
+        return F.cross_entropy(out.logits, Y[share]) + out.loss
+
+
+def vision_transformer():
+    model = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 16, num_classes=5)
+    nn.init.normal_(model.heads.head.weight)  # which torchvision begins with zeros
+    return model
+
+
+SHARDED_MODELS = {
+    "ConvNeXt": Model(
+        lambda: torchvision.models.ConvNeXt(
+            [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], stochastic_depth_prob=0.0, num_classes=5
+        ),
+        ["features.1", "features.3", "classifier"],
+        GradCAM("features"),
+    ),
+    "ViT": Model(
+        vision_transformer,
+        ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1", "heads"],
+        GradCAM("encoder.layers.encoder_layer_1.ln_1", reshape_transform=TokensToMaps((4, 4))),
+    ),
+}
 
 
 def unequal(rank, **options):
@@ -176,12 +278,22 @@ def work(rank):
             (compiled_below_ddp(rank, each), compiled_below_ddp(rank, each, False)) for each in WRAPPERS
         ]
     results["unequal"] = unequal(rank)
-    results["sharded"] = {loop: sharded(rank, world, loop) for loop in SHARDED_LOOPS}
     parts = ["features.0", "head"]
-    results["sharded in parts"] = {loop: sharded(rank, world, loop, parts) for loop in SHARDED_LOOPS}
-    results["refused"] = [sharded(rank, world, "compute", heatmap="grad_cam"), sharded(rank, world, "full_grad")]
     if SHARDING:
-        results["refused"].append(sharded(rank, world, "compute", ["head"], reshard=True))
+        for how, divided in {"sharded": [], "sharded in parts": parts}.items():
+            results[how] = {
+                # The closed form reads a head after the forward, which must still be there.
+                name: sharded(rank, world, loop, network(), divided, reshard="class_activation" not in name)
+                for name, loop in SHARDED_LOOPS.items()
+            }
+        accumulated = SHARDED_LOOPS[ACCUMULATED]
+        results["accumulated"] = sharded(rank, world, accumulated, network(), parts, reshard=True, accumulate=True)
+        results["sharded models"] = {
+            name: sharded(rank, world, of.step, of.made(), of.parts, reshard=True)
+            for name, of in SHARDED_MODELS.items()
+        }
+        loop = SHARDED_LOOPS["compute, class_activation"]
+        results["refused"] = sharded(rank, world, loop, network(), ["head"], reshard=True)
     return results
 
 
@@ -214,28 +326,56 @@ def test_parts_compiled_below_the_layer_train_as_uncompiled(results):
             torch.testing.assert_close(compiled, as_written, rtol=1e-12, atol=1e-12)
 
 
-@worlds
-@pytest.mark.parametrize("how", ["sharded", "sharded in parts"])
-@pytest.mark.parametrize("loop", SHARDED_LOOPS)
-def test_sharded_training_is_that_of_one_process_with_the_whole_batch(results, world, how, loop):
-    model = network()
-    share = slice(0, BATCH * world)
+def trained_alone(model, loop, world, backwards=1):
+    """Train on what all processes have together."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        LOOPS[loop](model, share, heatmap="class_activation").backward()
+        for _ in range(backwards):
+            loop(model, slice(0, BATCH * world)).backward()
         optimizer.step()
-    for result in results(world):
-        assert "error" not in result[how][loop], result[how][loop]["error"]
-        torch.testing.assert_close(result[how][loop], dict(model.named_parameters()))
+    return dict(model.named_parameters())
+
+
+needs_sharding = pytest.mark.skipif(not SHARDING, reason="FSDP2 runs on CPUs from torch 2.7 on")
 
 
 @worlds
-def test_what_a_sharded_model_cannot_do_is_refused_in_every_process(results, world):
+@needs_sharding
+@pytest.mark.parametrize("how", ["sharded", "sharded in parts"])
+@pytest.mark.parametrize("loop", SHARDED_LOOPS)
+def test_sharded_training_is_that_of_one_process_with_the_whole_batch(results, world, how, loop):
+    expected = trained_alone(network(), SHARDED_LOOPS[loop], world)
     for result in results(world):
-        messages = ["got GradCAM", "got FullGrad", "reshard_after_forward=False"]
-        for refused, message in zip(result["refused"], messages, strict=False):
-            assert message in refused["error"]
+        assert "error" not in result[how][loop], result[how][loop]["error"]
+        torch.testing.assert_close(result[how][loop], expected)
+
+
+@worlds
+@needs_sharding
+def test_a_sharded_model_accumulates_gradients(results, world):
+    expected = trained_alone(network(), SHARDED_LOOPS[ACCUMULATED], world, backwards=2)
+    for result in results(world):
+        assert "error" not in result["accumulated"], result["accumulated"]["error"]
+        torch.testing.assert_close(result["accumulated"], expected)
+
+
+@worlds
+@needs_sharding
+@pytest.mark.parametrize("name", SHARDED_MODELS)
+def test_a_sharded_model_trains_through_attention_and_norms(results, world, name):
+    of = SHARDED_MODELS[name]
+    expected = trained_alone(of.made(), of.step, world)
+    for result in results(world):
+        assert "error" not in result["sharded models"][name], result["sharded models"][name]["error"]
+        torch.testing.assert_close(result["sharded models"][name], expected, rtol=1e-6, atol=1e-9)
+
+
+@worlds
+@needs_sharding
+def test_a_head_that_is_sharded_again_is_refused_for_cam_in_every_process(results, world):
+    for result in results(world):
+        assert "reshard_after_forward=False" in result["refused"]["error"]
 
 
 @worlds

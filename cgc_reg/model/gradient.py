@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cgc_reg._precision import at_least_float32, without_autocast
 from cgc_reg.model.attention import unfused_attention
+from cgc_reg.model.sharded import through_shards
 
 
 def score_gradients(
-    logits: Tensor, activations: Sequence[Tensor], target: Tensor, *, create_graph: bool
+    model: nn.Module, logits: Tensor, activations: Sequence[Tensor], target: Tensor, *, create_graph: bool
 ) -> list[Tensor | None]:
     r"""Differentiate each image's score with respect to its activations: :math:`\partial y / \partial A`.
 
     Args:
+        model: that of the pass, wrapped or not.
         logits: (n, k).
         activations: any tensors in the logits' graph whose first dimension is the batch.
         target: the class whose logit is the score y, (n,); or weights w, (n, k), for :math:`y = \sum_k w_k y_k`.
@@ -34,5 +36,6 @@ def score_gradients(
         score = scores.sum() * scale
         if not score.requires_grad:
             return [None] * len(activations)
-        gradients = torch.autograd.grad(score, activations, create_graph=create_graph, allow_unused=True)
-        return [None if gradient is None else at_least_float32(gradient) / scale for gradient in gradients]
+        with through_shards(model, trains=create_graph) as hold:
+            gradients = torch.autograd.grad(score, activations, create_graph=create_graph, allow_unused=True)
+        return [None if gradient is None else hold(at_least_float32(gradient) / scale) for gradient in gradients]

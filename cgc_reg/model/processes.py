@@ -17,29 +17,6 @@ from cgc_reg._warn import warn
 _LOOKED_AROUND: WeakSet[nn.Module] = WeakSet()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether parts of the model are sharded by ``fully_shard`` (FSDP2)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # half a second, for those who shard
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise TypeError(
-            "`model` must not be wrapped in FullyShardedDataParallel, which hides its layers; got one that is. Use "
-            "`fully_shard` or DistributedDataParallel."
-        )
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def check_inner_gradient(model: nn.Module, explainer: str) -> None:
-    """Refuse to train a sharded model through an inner gradient."""
-    if torch.is_grad_enabled() and is_sharded(model):
-        raise ValueError(
-            "The explainer must be CAM to train a model that is sharded by `fully_shard`: the inner gradient of others "
-            f"makes it free its weights too early; got {explainer}. Take CAM, or DistributedDataParallel."
-        )
-
-
 def warn_if_wrapper_is_bypassed(model: nn.Module) -> None:
     """Warn, once for each model, of a pass that goes around the DistributedDataParallel that holds the model.
 
