@@ -163,6 +163,7 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
             for g in RULES.values()
             if g is not GradCAM
         },
+        f'{COMPUTE}, `weighting="confidence"`': Row(steps.compute(weighting="confidence")),
         "the authors' recipe": Row(steps.authors(), THREE_VIEWS),
         f"{COMPUTE}, views of {side} x {side}": Row(steps.compute(view_size=small), ALONE),
         f"{COMPUTE}, `detach_key`": Row(steps.compute(detach_key=True), ALONE),
