@@ -15,6 +15,7 @@ from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.compilation import uncompiled, warn_if_compiled
 from cgc_reg.model.extra import is_extra_pass
 from cgc_reg.model.given import ordinary
+from cgc_reg.model.layers import check_dimensions
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
 from cgc_reg.model.sharded import through_shards
@@ -30,6 +31,7 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
         model, x: as for calling it.
         target: of :func:`as_target`.
     """
+    check_dimensions(unwrap(model), x)
     warn_if_compiled(model)
     warn_if_one_device(model)
     parallel = data_parallel(model)
@@ -55,8 +57,15 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
     if not isinstance(seen, Explanation):
         raise TypeError(f"The explainer must return an Explanation; got {describe(seen)}.")
     heatmap, logits, n = seen.heatmap, seen.logits, len(x)
-    if not isinstance(heatmap, Tensor) or heatmap.ndim != 3 or len(heatmap) != n or not heatmap.is_floating_point():
-        raise ValueError(f"The explainer must return heatmaps of shape ({n}, h, w); got {describe(heatmap)}.")
+    dims = x.ndim - 2
+    if (
+        not isinstance(heatmap, Tensor)
+        or not heatmap.is_floating_point()
+        or heatmap.shape[:1] != (n,)
+        or (heatmap.ndim != dims + 1)
+    ):
+        axes = ("length", "h, w", "d, h, w")[dims - 1]
+        raise ValueError(f"The explainer must return heatmaps of shape ({n}, {axes}); got {describe(heatmap)}.")
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
         raise ValueError(f"The explainer must return logits of shape ({n}, classes); got {describe(logits)}.")
     if seen.target is None:

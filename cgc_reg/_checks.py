@@ -101,23 +101,34 @@ def check_range(name: str, value: object, low: float = -math.inf, high: float = 
     return minimum, maximum
 
 
-def check_size(name: str, value: object) -> tuple[int, int]:
-    """Return (height, width)."""
+SIZES = {
+    1: "one positive integer (length,)",
+    2: "two positive integers (height, width)",
+    3: "three positive integers (depth, height, width)",
+}  # by the number of spatial dimensions
+
+
+def check_size(name: str, value: object, *, dims: int | None = 2) -> tuple[int, ...]:
+    """Return the sides along the axes, of so many dimensions, or of any number that we know if None."""
     if (
         not isinstance(value, Sequence)
-        or len(value) != 2
+        or len(value) not in (SIZES if dims is None else (dims,))
         or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value)
     ):
-        raise ValueError(f"`{name}` must be two positive integers (height, width); got {describe(value)}.")
-    return value[0], value[1]
+        wanted = ", or ".join(SIZES.values()) if dims is None else SIZES[dims]
+        raise ValueError(f"`{name}` must be {wanted}; got {describe(value)}.")
+    return tuple(value)
 
 
 def check_images(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor of images (n, c, h, w); got {describe(value)}.")
-    if value.ndim != 4:
-        repair = " Add the batch dimension with `x[None]`." if value.ndim == 3 else ""
-        raise ValueError(f"`{name}` must be images of shape (n, c, h, w); got {describe(value)}.{repair}")
+    if value.ndim not in (3, 4, 5):
+        repair = " Add the batch dimension with `x[None]`." if value.ndim == 2 else ""
+        raise ValueError(
+            f"`{name}` must be images of shape (n, c, h, w), volumes (n, c, d, h, w) or signals (n, c, length); got "
+            f"{describe(value)}.{repair}"
+        )
     if not value.is_floating_point():
         raise TypeError(
             f"`{name}` must hold floating-point images; got {describe(value)}. Convert and normalise them as for the "
@@ -137,8 +148,11 @@ def check_sampler(name: str, value: object) -> None:
 def check_maps(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor of heatmaps (n, h, w); got {describe(value)}.")
-    if value.ndim != 3 or not value.is_floating_point():
-        raise ValueError(f"`{name}` must be floating-point heatmaps of shape (n, h, w); got {describe(value)}.")
+    if value.ndim not in (2, 3, 4) or not value.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be floating-point heatmaps of shape (n, h, w), of volumes (n, d, h, w), of signals "
+            f"(n, length); got {describe(value)}."
+        )
 
 
 def check_pair(query: Any, key: Any) -> None:
@@ -152,8 +166,8 @@ def check_activation(activation: Any, gradient: Any) -> None:
     for name, value in (("activation", activation), ("gradient", gradient)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor (n, c, h, w); got {describe(value)}.")
-    if activation.ndim != 4 or activation.shape != gradient.shape:
+    if activation.ndim not in (3, 4, 5) or activation.shape != gradient.shape:
         raise ValueError(
-            f"`activation` and `gradient` must have one shape (n, c, h, w); got {describe(activation)} and "
-            f"{describe(gradient)}."
+            "`activation` and `gradient` must have one shape (n, c, h, w), of volumes (n, c, d, h, w), of signals "
+            f"(n, c, length); got {describe(activation)} and {describe(gradient)}."
         )

@@ -23,7 +23,8 @@ class ContrastiveTransforms:
 
     Args:
         image_transform: from what the data set holds to the final image, which T is relative to: resizing and cropping
-            belong here, random ones too. It may return a PIL image or a tensor (c, h, w).
+            belong here, random ones too. It may return a PIL image or a tensor: (c, h, w), a volume (c, d, h, w) or a
+            signal (c, length).
         transform: draws T; random resized crop and flip by default.
         value_transform: applied to the image and to the view, each alone: what changes colours and not places, such as
             ``Normalize`` or ``ColorJitter``.
@@ -47,7 +48,7 @@ class ContrastiveTransforms:
         *,
         transform: TransformSampler | None = None,
         value_transform: Callable[[Tensor], Tensor] | None = None,
-        view_size: tuple[int, int] | None = None,
+        view_size: tuple[int, ...] | None = None,
     ) -> None:
         for name, function in (("image_transform", image_transform), ("value_transform", value_transform)):
             if function is not None and (not callable(function) or isinstance(function, type)):
@@ -59,10 +60,10 @@ class ContrastiveTransforms:
         self.transform = RandomResizedCropFlip() if transform is None else transform
         check_sampler("transform", self.transform)
         self.value_transform = value_transform
-        self.view_size = None if view_size is None else check_size("view_size", view_size)
+        self.view_size = None if view_size is None else check_size("view_size", view_size, dims=None)
 
     def __call__(self, image: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the image (c, h, w), its view (c, H, W) and theta (2, 3), all float32.
+        """Return the image (c, h, w), its view (c, H, W) and theta (2, 3), all float32; see :class:`SpatialTransform`.
 
         Pixels go from 0 to 1 before ``value_transform``.
         """
@@ -73,8 +74,11 @@ class ContrastiveTransforms:
         if not isinstance(image, Tensor):
             raise TypeError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.")
         image = image.as_subclass(Tensor)
-        if image.ndim != 3:
-            raise ValueError(f"`image` must be a PIL image or a tensor (c, h, w); got {describe(image)}.")
+        if image.ndim not in (2, 3, 4):
+            raise ValueError(
+                "`image` must be a PIL image, or a tensor (c, h, w), (c, d, h, w) of a volume or (c, length) of a "
+                f"signal; got {describe(image)}."
+            )
         if image.dtype in (torch.int32, torch.int64):
             raise TypeError(
                 "`image` must hold pixels from 0 to the largest of their type, or floats from 0 to 1; got "
@@ -82,7 +86,7 @@ class ContrastiveTransforms:
                 "`image / 65535`."
             )
         image = TF.convert_image_dtype(image, torch.float32)
-        transform = self.transform.sample(1, (image.shape[1], image.shape[2]))
+        transform = self.transform.sample(1, tuple(image.shape[1:]))
         view = transform(image[None], self.view_size)[0]
         if self.value_transform is not None:
             image, view = self._change_values(image), self._change_values(view)
@@ -91,9 +95,9 @@ class ContrastiveTransforms:
     def _change_values(self, image: Tensor) -> Tensor:
         assert self.value_transform is not None
         changed = self.value_transform(image)
-        if changed.shape[-2:] != image.shape[-2:]:
+        if changed.shape[1:] != image.shape[1:]:
             raise ValueError(
-                f"`value_transform` must not move pixels; got an image of {tuple(changed.shape[-2:])} from one of "
-                f"{tuple(image.shape[-2:])}. Put resizing and cropping into `image_transform`."
+                f"`value_transform` must not move pixels; got an image of {tuple(changed.shape[1:])} from one of "
+                f"{tuple(image.shape[1:])}. Put resizing and cropping into `image_transform`."
             )
         return changed

@@ -92,12 +92,11 @@ class LayerExplainer(AtLayer):
                 f"depend. {repair}"
             )
         with without_autocast(activation):
-            heatmap = self.rule(activation, as_maps(gradient, self.reshape_transform, made.target_layer))
-        n, _, height, width = activation.shape
-        if not isinstance(heatmap, Tensor) or heatmap.ndim != 3 or len(heatmap) != n:
+            heatmap = self.rule(activation, as_maps(gradient, self.reshape_transform, made))
+        expected = (len(activation), *activation.shape[2:])
+        if not isinstance(heatmap, Tensor) or heatmap.ndim != len(expected) or len(heatmap) != expected[0]:
             raise ValueError(
-                f"`rule` must return heatmaps of shape (n, h, w), here ({n}, {height}, {width}); got "
-                f"{describe(heatmap)}."
+                f"`rule` must return heatmaps of shape (n, h, w), here {expected}; got {describe(heatmap)}."
             )
         return heatmap
 

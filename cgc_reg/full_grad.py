@@ -128,7 +128,7 @@ class FullGrad:
                 for gradient, bias in zip(by_result, biases, strict=True)
                 if gradient is not None
             ]
-            heatmap = full_grad(terms, (x.shape[2], x.shape[3]))
+            heatmap = full_grad(terms, x.shape[2:])
         return Explanation(heatmap, logits, target, output)
 
 

@@ -113,7 +113,7 @@ def energy_loss(
     masks: Tensor | None = None,
     *,
     boxes: Boxes | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, ...] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Keep the energy of each heatmap on the object.
@@ -126,7 +126,7 @@ def energy_loss(
     gradient of zero.
 
     Args:
-        heatmap: g, (n, h, w), in the graph, at any resolution.
+        heatmap: g, (n, h, w), in the graph, at any resolution; of volumes (n, d, h, w), of signals (n, length).
         masks: m, (n, H, W), bool or from 0 to 1; of integers, such as 0 and 255, all but 0 count as 1. Zeros
             everywhere for an image without an object, or whose object is not known.
         boxes: in place of masks, as for :func:`content_heatmap`: (n, 4), or a list of n tensors (k, 4); k is 0 for an
@@ -153,7 +153,7 @@ def energy_loss(
     check_maps("heatmap", heatmap)
     check_choice("reduction", reduction, get_args(Reduction))
     masks = object_masks(heatmap, masks, boxes, image_size)
-    energy = scaled_to_peak(energy_maps(heatmap, (masks.shape[1], masks.shape[2])))
+    energy = scaled_to_peak(energy_maps(heatmap, masks.shape[1:]))
     on_object, everywhere = energies(energy, masks)
     share = on_object / everywhere.masked_fill(everywhere == 0, 1)
     there = has_object(masks)

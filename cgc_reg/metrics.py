@@ -26,7 +26,7 @@ def content_heatmap(
     masks: Tensor | None = None,
     *,
     boxes: Boxes | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, ...] | None = None,
 ) -> Tensor:
     r"""Measure the share of each heatmap's energy that lies on the object.
 
@@ -38,7 +38,7 @@ def content_heatmap(
     while here it is counted apart.
 
     Args:
-        heatmaps: g, (n, h, w), at any resolution.
+        heatmaps: g, (n, h, w), at any resolution; of volumes (n, d, h, w), of signals (n, length).
         masks: m, (n, H, W), bool or from 0 to 1; of integers, such as 0 and 255, all but 0 count as 1.
         boxes: one for each image, (n, 4), or a list of n tensors (k, 4), k boxes for an image, as detection targets
             have them; k may be 0. A box is x_min, y_min, x_max, y_max in pixels of the image. m is 1 for the pixels
@@ -70,7 +70,7 @@ def object_coverage(
     masks: Tensor | None = None,
     *,
     boxes: Boxes | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, ...] | None = None,
 ) -> Tensor:
     r"""Measure how much of each object its heatmap covers.
 
@@ -131,12 +131,12 @@ class ContentHeatmap:
         masks: Tensor | None = None,
         *,
         boxes: Boxes | None = None,
-        image_size: tuple[int, int] | None = None,
+        image_size: tuple[int, ...] | None = None,
     ) -> None:
         """Take in a batch, with the arguments of :func:`content_heatmap`."""
         energy, masks = _energy_and_masks(heatmaps, masks, boxes, image_size)
         no_object = ~has_object(masks)
-        blank = energy.sum(dim=(1, 2)) == 0  # and not NaN, so that a heatmap with NaN shows
+        blank = energy.flatten(1).sum(dim=1) == 0  # and not NaN, so that a heatmap with NaN shows
         left_out = no_object | blank
         batch: dict[str, Tensor | int] = {
             "content_heatmap": _content(energy, masks).masked_fill(left_out, 0),
@@ -177,7 +177,7 @@ def pointing_game(
     masks: Tensor | None = None,
     *,
     boxes: Boxes | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, ...] | None = None,
     tolerance: float = 15,
 ) -> Tensor:
     r"""Tell whether each heatmap's highest point lies on the object, or not farther from it than the tolerance.
@@ -216,24 +216,25 @@ def pointing_game(
     check_maps("heatmaps", heatmaps)
     with torch.no_grad():
         masks = object_masks(heatmaps, masks, boxes, image_size)
-        h, w = heatmaps.shape[1:]
-        height, width = masks.shape[1:]
         highest, cell = heatmaps.flatten(1).max(dim=1)
-        y, x = (cell.div(w, rounding_mode="floor") + 0.5) * (height / h), (cell % w + 0.5) * (width / w)
-        rows, columns = (torch.arange(side, device=cell.device) + 0.5 for side in (height, width))
-        squared = (rows - y[:, None]).square()[:, :, None] + (columns - x[:, None]).square()[:, None, :]
+        squared = torch.zeros(1, device=cell.device)  # distances from the point, axis by axis
+        for axis, (cells, side) in enumerate(zip(heatmaps.shape[1:], masks.shape[1:], strict=True)):
+            along = cell.div(heatmaps.shape[axis + 2 :].numel(), rounding_mode="floor") % cells
+            point = (along + 0.5) * (side / cells)
+            pixels = torch.arange(side, device=cell.device) + 0.5
+            squared = squared[..., None] + (pixels - point[:, None]).square().view(-1, *[1] * axis, side)
         hit = ((squared <= tolerance**2) & (masks > 0)).flatten(1).any(dim=1)
         return hit.float().masked_fill(~((highest > 0) & has_object(masks)), float("nan"))
 
 
 def _energy_and_masks(
-    heatmaps: Tensor, masks: Tensor | None, boxes: Boxes | None, image_size: tuple[int, int] | None
+    heatmaps: Tensor, masks: Tensor | None, boxes: Boxes | None, image_size: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """Return ReLU(g) at the image's size, and m, both (n, H, W)."""
     check_maps("heatmaps", heatmaps)
     with torch.no_grad():
         masks = object_masks(heatmaps, masks, boxes, image_size)
-        return energy_maps(heatmaps, (masks.shape[1], masks.shape[2])), masks
+        return energy_maps(heatmaps, masks.shape[1:]), masks
 
 
 def _content(energy: Tensor, masks: Tensor) -> Tensor:
@@ -244,8 +245,9 @@ def _content(energy: Tensor, masks: Tensor) -> Tensor:
 
 def _coverage(energy: Tensor, masks: Tensor) -> Tensor:
     """Average the energy over the object, in units of its peak: NaN where one of them is nothing."""
-    on_object = energy / energy.amax(dim=(1, 2), keepdim=True) * masks
-    return on_object.sum(dim=(1, 2)) / masks.sum(dim=(1, 2), dtype=on_object.dtype)
+    places = tuple(range(1, energy.ndim))
+    on_object = energy / energy.amax(dim=places, keepdim=True) * masks
+    return on_object.sum(dim=places) / masks.sum(dim=places, dtype=on_object.dtype)
 
 
 def consistency(query: Tensor, key: Tensor) -> dict[str, Tensor]:

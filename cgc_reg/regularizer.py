@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
@@ -25,6 +24,7 @@ from cgc_reg._checks import (
     check_size,
     describe,
 )
+from cgc_reg._enlarge import enlarge
 from cgc_reg._precision import at_least_float32, without_autocast
 from cgc_reg._targets import Target, as_target
 from cgc_reg._warn import warn
@@ -101,7 +101,8 @@ class CGCRegularizer(nn.Module):
         temperature: tau, of ``"info_nce"``.
         negatives: of ``"info_nce"``: ``"keys"`` as above, or ``"official"`` as in the authors' code.
         heatmap_size: (h, w) that both heatmaps are enlarged to first; None: the grid of the view's heatmap.
-        view_size: (H, W) of the views; None: as large as x. Smaller views cost less.
+        view_size: (H, W) of the views; None: as large as x. Smaller views cost less. For volumes (D, H, W), and so for
+            ``heatmap_size``.
         detach_key: make the keys constants: the view's pass builds no graph and costs less, and the loss trains through
             the queries alone. The ``view_logits`` train nothing then.
         bn_mode: what extra passes do to BatchNorm in training: ``"preserve"`` normalises with the batch's statistics
@@ -137,8 +138,8 @@ class CGCRegularizer(nn.Module):
         loss: LossName | PairLoss = "info_nce",
         temperature: float = 0.5,
         negatives: Negatives = "keys",
-        heatmap_size: tuple[int, int] | None = None,
-        view_size: tuple[int, int] | None = None,
+        heatmap_size: tuple[int, ...] | None = None,
+        view_size: tuple[int, ...] | None = None,
         detach_key: bool = False,
         bn_mode: BatchNormMode = "preserve",
         reduction: Reduction = "mean",
@@ -168,8 +169,8 @@ class CGCRegularizer(nn.Module):
         self.loss = loss
         self.temperature = temperature
         self.negatives = negatives
-        self.heatmap_size = None if heatmap_size is None else check_size("heatmap_size", heatmap_size)
-        self.view_size = None if view_size is None else check_size("view_size", view_size)
+        self.heatmap_size = None if heatmap_size is None else check_size("heatmap_size", heatmap_size, dims=None)
+        self.view_size = None if view_size is None else check_size("view_size", view_size, dims=None)
         self.detach_key = detach_key
         self.bn_mode = bn_mode
         self.reduction = reduction
@@ -231,7 +232,8 @@ class CGCRegularizer(nn.Module):
 
         Args:
             model: the model being trained, wrapped or not.
-            x: images (n, c, h, w), as the model takes them, n >= 2.
+            x: images (n, c, h, w), as the model takes them, n >= 2; or volumes (n, c, d, h, w), or signals
+                (n, c, length), whose heatmaps have one dimension more, or less.
             target: what the heatmaps explain: classes (n,), one for all, or weights of the scores (n, k); the
                 predicted class if None.
 
@@ -332,7 +334,7 @@ class CGCRegularizer(nn.Module):
             view = transform(ordinary(x), self.view_size)
         seen = self._g_of_view(model, view, image.target)
 
-        size = (seen.heatmap.shape[1], seen.heatmap.shape[2])
+        size = seen.heatmap.shape[1:]
         coverage = transform.coverage(size)
         query = transform(image.heatmap, size) * coverage
         key = seen.heatmap * coverage
@@ -358,6 +360,9 @@ class CGCRegularizer(nn.Module):
     def _check(self, model: nn.Module, x: Tensor, view: Tensor | None, transform: SpatialTransform | None) -> None:
         """Refuse what cannot be compared before the model runs, and let g have its layer."""
         _check_inputs(x, view, transform)
+        for name, size in (("heatmap_size", self.heatmap_size), ("view_size", self.view_size)):
+            if size is not None:
+                check_size(name, size, dims=x.ndim - 2)
         if self.loss == "info_nce" and not self.gather_distributed:
             check_negatives(len(x))
         if isinstance(self.explainer, AtLayer):
@@ -374,16 +379,15 @@ class CGCRegularizer(nn.Module):
                 "a forward that changes them in place. Replace its in-place operations, such as `x -= mean` by "
                 "`x = x - mean`, or begin it with `x = x.clone()`."
             )
-        if seen.heatmap.shape[1] * seen.heatmap.shape[2] < 2:
+        if seen.heatmap.shape[1:].numel() < 2:
             raise ValueError(
                 "`explainer` must give heatmaps of more than one pixel, since a single one has no place to compare; "
-                f"got {describe(seen.heatmap)} from images of {tuple(x.shape[-2:])}. Name an earlier layer, or pass "
+                f"got {describe(seen.heatmap)} from images of {tuple(x.shape[2:])}. Name an earlier layer, or pass "
                 "larger images."
             )
         if self.heatmap_size is None:
             return seen
-        larger = F.interpolate(seen.heatmap[:, None], self.heatmap_size, mode="bilinear", align_corners=False)
-        return replace(seen, heatmap=larger[:, 0])
+        return replace(seen, heatmap=enlarge(seen.heatmap, self.heatmap_size))
 
     def _g_beside_the_loop(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Explanation:
         """Explain images that the loop passes itself: in DistributedDataParallel this may be its only pass."""
@@ -423,11 +427,12 @@ class CGCRegularizer(nn.Module):
         warn(problem)
 
     def _draw(self, x: Tensor) -> SpatialTransform:
-        size = (x.shape[2], x.shape[3])
+        size = tuple(x.shape[2:])
         transform = self.transform.sample(len(x), size, device=x.device, generator=self.generator)
-        if not isinstance(transform, SpatialTransform) or len(transform) != len(x):
+        if not isinstance(transform, SpatialTransform) or transform.theta.shape[:2] != (len(x), len(size)):
             raise TypeError(
-                f"`transform.sample` must return a SpatialTransform of {len(x)} maps; got {describe(transform)}."
+                f"`transform.sample` must return a SpatialTransform of {len(x)} maps of {len(size)} dimensions; got "
+                f"{describe(getattr(transform, 'theta', transform))}."
             )
         return transform
 
@@ -481,7 +486,7 @@ def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | 
         )
     if view is not None:
         check_images("view", view)
-        if len(view) != len(x):
+        if len(view) != len(x) or view.ndim != x.ndim:
             raise ValueError(f"`view` must hold one image for each of the {len(x)} in `x`; got {describe(view)}.")
     if transform is not None:
         if not isinstance(transform, SpatialTransform):
@@ -489,7 +494,8 @@ def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | 
                 f"`transform` must be a SpatialTransform; got {describe(transform)}. Wrap the thetas of a DataLoader: "
                 "`SpatialTransform(theta)`."
             )
-        if len(transform) != len(x):
+        if len(transform) != len(x) or transform.dims != x.ndim - 2:
             raise ValueError(
-                f"`transform` must hold one map for each of the {len(x)} images in `x`; got {len(transform)}."
+                f"`transform` must hold one map of {x.ndim - 2} dimensions for each of the {len(x)} images in `x`; got "
+                f"{len(transform)} of {transform.dims}."
             )

@@ -1,18 +1,19 @@
 """Heatmap rules: pure functions of a layer's activation A and of the class score's gradient dy/dA.
 
-A rule takes ``(activation, gradient)``, both (n, c, h, w), and returns heatmaps (n, h, w). Any function of that
-kind can stand in for the ones here. Two are of other kinds: `class_activation` reads the head's weight in place of the
-gradient, and `full_grad` looks at all layers.
+A rule takes ``(activation, gradient)``, both (n, c, h, w), and returns heatmaps (n, h, w); of volumes (n, c, d, h, w)
+and (n, d, h, w), of signals (n, c, length) and (n, length). Any function of that kind can stand in for the ones here.
+Two are of other kinds: `class_activation` reads the head's weight in place of the gradient, and `full_grad` looks at
+all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from cgc_reg._checks import check_activation, describe
+from cgc_reg._enlarge import enlarge
 
 HeatmapRule = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +39,7 @@ def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
         Selvaraju et al., Grad-CAM (ICCV 2017), equations 1 and 2.
     """
     check_activation(activation, gradient)
-    return (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1).relu()
+    return (gradient.mean(dim=_places(gradient), keepdim=True) * activation).sum(dim=1).relu()
 
 
 def hires_cam(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def positive_grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
         tensor(0.)
     """
     check_activation(activation, gradient)
-    return (gradient.relu().mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1).relu()
+    return (gradient.relu().mean(dim=_places(gradient), keepdim=True) * activation).sum(dim=1).relu()
 
 
 def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -119,8 +120,9 @@ def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
     """
     check_activation(activation, gradient)
     # Of d^2 / (2 d^2 + d^3 S) a factor d^2 cancels, whose powers would leave the range of float32.
-    alpha = 1 / (2 + gradient * activation.sum(dim=(2, 3), keepdim=True))
-    weight = (alpha * gradient.relu()).sum(dim=(2, 3), keepdim=True)
+    places = _places(activation)
+    alpha = 1 / (2 + gradient * activation.sum(dim=places, keepdim=True))
+    weight = (alpha * gradient.relu()).sum(dim=places, keepdim=True)
     return (weight * activation).sum(dim=1).relu()
 
 
@@ -141,8 +143,9 @@ def xgrad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
         Fu et al., Axiom-based Grad-CAM (BMVC 2020), section 3.
     """
     check_activation(activation, gradient)
-    total = activation.sum(dim=(2, 3), keepdim=True)
-    weight = (gradient * activation).sum(dim=(2, 3), keepdim=True) / total.masked_fill(total == 0, 1)
+    places = _places(activation)
+    total = activation.sum(dim=places, keepdim=True)
+    weight = (gradient * activation).sum(dim=places, keepdim=True) / total.masked_fill(total == 0, 1)
     return (weight * activation).sum(dim=1).relu()
 
 
@@ -170,16 +173,16 @@ def class_activation(activation: Tensor, weight: Tensor, target: Tensor) -> Tens
     References:
         Zhou et al., Learning Deep Features for Discriminative Localization (CVPR 2016), equation 2.
     """
-    if activation.ndim != 4 or weight.ndim != 2 or weight.shape[1] != activation.shape[1]:
+    if activation.ndim not in (3, 4, 5) or weight.ndim != 2 or weight.shape[1] != activation.shape[1]:
         raise ValueError(
             f"`weight` must be (classes, c) for an activation (n, c, h, w); got {describe(weight)} and "
             f"{describe(activation)}."
         )
     alpha = weight[target] if target.ndim == 1 else target.to(weight.dtype) @ weight
-    return (alpha[:, :, None, None] * activation).sum(dim=1).relu()
+    return (alpha.view(*alpha.shape, *[1] * (activation.ndim - 2)) * activation).sum(dim=1).relu()
 
 
-def full_grad(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def full_grad(terms: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     r"""Add up what the image and each layer's biases give to the score, place by place.
 
     .. math:: g = \sum_l \sum_c \mathrm{enlarge}\big(\psi(t_l)\big)_c, \qquad
@@ -190,10 +193,10 @@ def full_grad(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     Args:
         terms: t, each (n, c, h, w): gradient times image, and gradient times bias of each layer. Terms without places,
             as of a linear layer or of maps of one pixel, are left out.
-        size: (height, width) of the result.
+        size: (height, width) of the result; (depth, height, width) of volumes, (length,) of signals.
 
     Returns:
-        Heatmaps (n, height, width), not negative.
+        Heatmaps (n, height, width), or what volumes and signals have, not negative.
 
     Example:
         >>> full_grad([torch.rand(2, 3, 8, 8), torch.rand(2, 16, 4, 4), torch.rand(2, 10)], (8, 8)).shape
@@ -204,11 +207,16 @@ def full_grad(terms: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """
     maps = []
     for term in terms:
-        if term.ndim == 4 and term.shape[2] * term.shape[3] > 1:
-            size_of_term = term.abs()
-            low, high = size_of_term.amin(dim=(1, 2, 3), keepdim=True), size_of_term.amax(dim=(1, 2, 3), keepdim=True)
+        if term.ndim == 2 + len(size) and term[0, 0].numel() > 1:
+            size_of_term, of_image = term.abs(), tuple(range(1, term.ndim))
+            low, high = size_of_term.amin(dim=of_image, keepdim=True), size_of_term.amax(dim=of_image, keepdim=True)
             span = high - low
             scaled = (size_of_term - low) / span.masked_fill(span == 0, 1)
             # Enlarging is linear: the sum of all channels needs it once.
-            maps.append(F.interpolate(scaled.sum(dim=1, keepdim=True), size, mode="bilinear", align_corners=False))
-    return sum(maps[1:], maps[0])[:, 0]
+            maps.append(enlarge(scaled.sum(dim=1), size))
+    return sum(maps[1:], maps[0])
+
+
+def _places(maps: Tensor) -> tuple[int, ...]:
+    """List the spatial dimensions of maps (n, c, *space)."""
+    return tuple(range(2, maps.ndim))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,7 @@ class TransformSampler(Protocol):
     def sample(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
@@ -54,10 +54,14 @@ class RandomResizedCropFlip:
     are drawn up to ten times until the box fits, else the largest centred box of an allowed ratio is taken. The
     whole batch is drawn at once, on its device.
 
+    In a volume, whose axes may differ in what a pixel is, and in a signal, a box has the proportions of the whole,
+    stretched along each axis by a factor of its own; these are drawn in ``ratio``, and divided by their geometric mean.
+
     Args:
-        scale: (minimum, maximum) of the box's area, as a share of the image's.
+        scale: (minimum, maximum) of the box's area, as a share of the image's; of its volume, or of its length.
         ratio: (minimum, maximum) of the box's width / height, drawn uniformly in its logarithm.
-        flip_p: probability of a horizontal flip.
+        flip_p: probability of a flip along the last axis, which is the horizontal one of images; or one for each axis,
+            the last one last.
 
     Example:
         >>> transform = RandomResizedCropFlip().sample(32, (224, 224))
@@ -67,7 +71,7 @@ class RandomResizedCropFlip:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_p: float = 0.5
+    flip_p: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         check_range("scale", self.scale, 0, 1)
@@ -76,12 +80,17 @@ class RandomResizedCropFlip:
         check_range("ratio", self.ratio, 0)
         if self.ratio[0] == 0:
             raise ValueError(f"`ratio` must be two positive numbers; got {describe(self.ratio)}.")
-        check_probability("flip_p", self.flip_p)
+        for chance in self._flip_chances():
+            check_probability("flip_p", chance)
+
+    def _flip_chances(self) -> Sequence[float]:
+        """Return those of the last axis, or of each."""
+        return self.flip_p if isinstance(self.flip_p, (tuple, list)) else (self.flip_p,)
 
     def sample(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
@@ -90,50 +99,68 @@ class RandomResizedCropFlip:
 
         Args:
             batch_size: n, the number of maps.
-            image_size: (H, W) of the images that the transform will be applied to, in pixels.
+            image_size: (H, W) of the images that the transform will be applied to, in pixels; (D, H, W) of volumes,
+                (L,) of signals.
             device: where the transform is wanted; drawn there, unless the generator lives elsewhere.
             generator: source of randomness; torch's global one if None.
         """
-        top, left, height, width = self.sample_boxes(batch_size, image_size, device=device, generator=generator)
-        flip = _uniform(0, 1, (batch_size,), device, generator) < self.flip_p
-        return _move(SpatialTransform.from_crop(top, left, height, width, flip, image_size=image_size), device)
+        start, size = self.sample_boxes(batch_size, image_size, device=device, generator=generator)
+        dims, chances = start.shape[1], self._flip_chances()
+        if len(chances) not in (1, dims):
+            raise ValueError(
+                f"`flip_p` must be a number, or one for each of the {dims} axes; got {describe(self.flip_p)}."
+            )
+        draws = _uniform(0, 1, (batch_size, len(chances)), device, generator).unbind(dim=1)
+        flips = torch.stack([draw < chance for draw, chance in zip(draws, chances, strict=True)], dim=1)
+        flips = F.pad(flips, (dims - len(chances), 0))
+        return _move(SpatialTransform.from_crop(start, size, flips, image_size=image_size), device)
 
     def sample_boxes(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw the boxes alone: top, left, height, width, each (n,), float32, whole numbers of pixels.
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the boxes alone: start and size of :meth:`SpatialTransform.from_crop`, (n, d), whole numbers of pixels.
 
-        The arguments are those of :meth:`sample`; the boxes stay on the device that they are drawn on.
+        The arguments are those of :meth:`sample`; the boxes, float32, stay on the device that they are drawn on.
         """
-        image_height, image_width = check_size("image_size", image_size)
-        tries = (batch_size, 10)
-        area = _uniform(*self.scale, tries, device, generator) * (image_height * image_width)
-        ratio = _uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), tries, device, generator).exp()
-        width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-        fits = (width >= 1) & (width <= image_width) & (height >= 1) & (height <= image_height)
+        sides = check_size("image_size", image_size, dims=None)
+        share = _uniform(*self.scale, (batch_size, 10), device, generator)
+        shape = (batch_size, 10) if len(sides) == 2 else (batch_size, 10, len(sides))
+        stretch = _uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), shape, device, generator)
+        if len(sides) == 2:
+            area, ratio = share * math.prod(sides), stretch.exp()
+            extents = [(area / ratio).sqrt(), (area * ratio).sqrt()]
+        else:
+            own = (stretch - stretch.mean(dim=2, keepdim=True)).exp().unbind(dim=2)
+            extents = [share.pow(1 / len(sides)) * side * factor for side, factor in zip(sides, own, strict=True)]
+        extents = [extent.round() for extent in extents]
+        inside = [(extent >= 1) & (extent <= side) for extent, side in zip(extents, sides, strict=True)]
+        fits = torch.stack(inside).all(dim=0)
         first = fits.int().argmax(dim=1, keepdim=True)  # of equals, argmax takes the first
-        width, height, fits = (value.gather(1, first)[:, 0] for value in (width, height, fits))
+        *extents, fits = (value.gather(1, first)[:, 0] for value in (*extents, fits))
 
-        image_ratio = image_width / image_height
-        fallback_width, fallback_height = image_width, image_height
-        if image_ratio < self.ratio[0]:
-            fallback_height = max(1, round(image_width / self.ratio[0]))
-        elif image_ratio > self.ratio[1]:
-            fallback_width = max(1, round(image_height * self.ratio[1]))
-        width, height = width.masked_fill(~fits, fallback_width), height.masked_fill(~fits, fallback_height)
+        starts, sizes = [], []
+        for extent, side, largest in zip(extents, sides, self._largest(sides), strict=True):
+            sizes.append(extent.masked_fill(~fits, largest))
+            room = side - sizes[-1]
+            start = torch.minimum((_uniform(0, 1, (batch_size,), device, generator) * (room + 1)).floor(), room)
+            starts.append(start.where(fits, (room / 2).floor()))
+        return torch.stack(starts, dim=1), torch.stack(sizes, dim=1)
 
-        top, left = (
-            torch.minimum((_uniform(0, 1, (batch_size,), device, generator) * (room + 1)).floor(), room).where(
-                fits, (room / 2).floor()
-            )
-            for room in (image_height - height, image_width - width)
-        )
-        return top, left, height, width
+    def _largest(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the largest box of an allowed ratio; of volumes and signals the whole is one."""
+        if len(sides) != 2:
+            return sides
+        height, width = sides
+        if width / height < self.ratio[0]:
+            return max(1, round(width / self.ratio[0])), width
+        if width / height > self.ratio[1]:
+            return height, max(1, round(height * self.ratio[1]))
+        return sides
 
 
 @dataclass(frozen=True)
@@ -141,44 +168,54 @@ class RandomAffine:
     """Draw a rotation, translation, zoom and shear of each image about its centre.
 
     The arguments mean what they mean in :class:`torchvision.transforms.RandomAffine`; translations are not rounded
-    to whole pixels. A rotation is one in pixels, also when the image is not square.
+    to whole pixels. A rotation is one in pixels, also when the image is not square. A volume is rotated about x, then
+    y, then z, the lines through its centre along its last, its middle and its first axis; a signal has no rotation.
 
     Args:
-        degrees: (minimum, maximum) of the clockwise angle in degrees; a number d stands for (-d, d), and 0 for none.
-        translate: largest horizontal and vertical shift, as shares of the image's width and height.
+        degrees: (minimum, maximum) of the clockwise angle in degrees; a number d stands for (-d, d), and 0 for none. In
+            volumes that of each angle, or three such ranges, about x, y and z.
+        translate: largest horizontal and vertical shift, as shares of the image's width and height; in volumes a third
+            one, of the depth, and in signals one.
         scale: (minimum, maximum) of the zoom; above 1 enlarges.
-        shear: in degrees; a number s stands for (-s, s) along x, two numbers for a range along x, four for ranges
-            along x and y.
+        shear: in degrees, of images; a number s stands for (-s, s) along x, two numbers for a range along x, four for
+            ranges along x and y.
+        spacing: what a pixel measures along each axis, (D, H, W) of volumes, in any unit, so that a rotation is one in
+            space instead of one in pixels; as much along each if None.
 
     Example:
         >>> RandomAffine(degrees=15, translate=(0.1, 0.1)).sample(8, (224, 160)).theta.shape
         torch.Size([8, 2, 3])
+        >>> RandomAffine(degrees=15, spacing=(5.0, 0.7, 0.7)).sample(8, (32, 224, 224)).theta.shape
+        torch.Size([8, 3, 4])
     """
 
-    degrees: float | tuple[float, float]
-    translate: tuple[float, float] | None = None
+    degrees: float | tuple[float, float] | tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+    translate: tuple[float, ...] | None = None
     scale: tuple[float, float] | None = None
     shear: float | tuple[float, float] | tuple[float, float, float, float] | None = None
+    spacing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         self._degrees()
         self._shear()
-        if self.translate is not None:
-            translate = self.translate
-            if (
-                not isinstance(translate, (tuple, list))
-                or len(translate) != 2
-                or not all(is_number(v) and 0 <= v <= 1 for v in translate)
-            ):
-                raise ValueError(
-                    "`translate` must be two shares from 0 to 1 (of the width, of the height); got "
-                    f"{describe(translate)}."
-                )
+        if self.translate is not None and not _are_numbers(self.translate, lambda v: 0 <= v <= 1):
+            raise ValueError(
+                "`translate` must be shares from 0 to 1, two for images (of the width, of the height), three for "
+                f"volumes, one for signals; got {describe(self.translate)}."
+            )
         if self.scale is not None and check_range("scale", self.scale, 0)[0] == 0:
             raise ValueError(f"`scale` must be two positive numbers; got {describe(self.scale)}.")
+        if self.spacing is not None and not _are_numbers(self.spacing, lambda v: v > 0):
+            raise ValueError(
+                f"`spacing` must be a positive number for each axis, or None; got {describe(self.spacing)}."
+            )
 
-    def _degrees(self) -> tuple[float, float]:
-        return _symmetric_range("degrees", self.degrees)
+    def _degrees(self) -> list[tuple[float, float]]:
+        """Return the range of the angle, or of each of the three."""
+        degrees = self.degrees
+        if isinstance(degrees, (tuple, list)) and len(degrees) == 3 and not any(map(is_number, degrees)):
+            return [check_range("degrees", limits) for limits in degrees]
+        return [_symmetric_range("degrees", self.degrees)]
 
     def _shear(self) -> tuple[tuple[float, float], tuple[float, float]]:
         if isinstance(self.shear, (tuple, list)) and len(self.shear) == 4:
@@ -192,48 +229,76 @@ class RandomAffine:
     def sample(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> SpatialTransform:
-        """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`."""
-        height, width = check_size("image_size", image_size)
+        """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`.
+
+        Raises:
+            ValueError: an option does not go with so many dimensions.
+        """
+        sides = check_size("image_size", image_size, dims=None)
+        dims = len(sides)
+        self._check_dims(dims)
 
         def draw(limits: tuple[float, float]) -> Tensor:
             return _uniform(*limits, (batch_size,), device, generator)
 
-        angle = draw(self._degrees()).deg2rad()
-        shear_x, shear_y = (draw(limits).deg2rad() for limits in self._shear())
+        # In space, from the centre, input to output, with the coordinates x, y, z; then zoomed and moved.
+        linear = self._linear(dims, draw)
         zoom = draw(self.scale or (1.0, 1.0))
-        limit_x, limit_y = self.translate or (0.0, 0.0)
-        move_x, move_y = draw((-limit_x, limit_x)) * width, draw((-limit_y, limit_y)) * height
+        moves = [draw((-limit, limit)) for limit in self.translate or [0.0] * dims]
+        extents = [side * unit for side, unit in zip(sides, self.spacing or [1.0] * dims, strict=True)][::-1]
+        rows = []
+        for row, move, side, extent in zip(linear, moves, reversed(sides), extents, strict=True):
+            turned = [zoom * value * (other / extent) for value, other in zip(row, extents, strict=True)]
+            rows.append(torch.stack([*turned, move * side * (2 / side)], dim=1))
+        return _move(SpatialTransform(torch.stack(rows, dim=1)).inverse(), device)
 
-        # In pixels from the centre, input to output: rotation @ shear along y @ shear along x, zoomed and moved.
-        a = (angle - shear_y).cos() / shear_y.cos()
-        c = (angle - shear_y).sin() / shear_y.cos()
-        b = -a * shear_x.tan() - angle.sin()
-        d = -c * shear_x.tan() + angle.cos()
-        to_unit = torch.stack(
-            [
-                torch.stack([zoom * a, zoom * b * (height / width), move_x * (2 / width)], dim=1),
-                torch.stack([zoom * c * (width / height), zoom * d, move_y * (2 / height)], dim=1),
-            ],
-            dim=1,
-        )
-        return _move(SpatialTransform(to_unit).inverse(), device)
+    def _linear(self, dims: int, draw: Callable[[tuple[float, float]], Tensor]) -> list[list[Tensor]]:
+        """Draw the rotation and the shear: the rows of a matrix, (n,) each entry."""
+        if dims == 1:
+            return [[draw((1.0, 1.0))]]
+        if dims == 2:  # rotation @ shear along y @ shear along x
+            (angle,) = (draw(limits).deg2rad() for limits in self._degrees())
+            shear_x, shear_y = (draw(limits).deg2rad() for limits in self._shear())
+            a = (angle - shear_y).cos() / shear_y.cos()
+            c = (angle - shear_y).sin() / shear_y.cos()
+            return [[a, -a * shear_x.tan() - angle.sin()], [c, -c * shear_x.tan() + angle.cos()]]
+        ranges = self._degrees()
+        angles = [draw(limits).deg2rad() for limits in (ranges if len(ranges) == 3 else ranges * 3)]
+        (cos_x, cos_y, cos_z), (sin_x, sin_y, sin_z) = ([a.cos() for a in angles], [a.sin() for a in angles])
+        return [  # about z @ about y @ about x
+            [cos_z * cos_y, cos_z * sin_y * sin_x - sin_z * cos_x, cos_z * sin_y * cos_x + sin_z * sin_x],
+            [sin_z * cos_y, sin_z * sin_y * sin_x + cos_z * cos_x, sin_z * sin_y * cos_x - cos_z * sin_x],
+            [-sin_y, cos_y * sin_x, cos_y * cos_x],
+        ]
+
+    def _check_dims(self, dims: int) -> None:
+        for name, value in (("translate", self.translate), ("spacing", self.spacing)):
+            if value is not None and len(value) != dims:
+                raise ValueError(f"`{name}` must be as long as `image_size`, {dims}; got {describe(value)}.")
+        if dims != 3 and len(self._degrees()) == 3:
+            raise ValueError(f"`degrees` must be one range, but for volumes; got {describe(self.degrees)}.")
+        if dims == 1 and self._degrees() != [(0.0, 0.0)]:
+            raise ValueError(f"`degrees` must be 0 for signals, which have no rotation; got {describe(self.degrees)}.")
+        if dims != 2 and self.shear is not None:
+            raise ValueError(f"`shear` must be None, but for images; got {describe(self.shear)}.")
 
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Draw a horizontal and a vertical flip of each image, independently.
+    """Draw a horizontal and a vertical flip of each image, independently, and one in depth of each volume.
 
     They are for images without an up and down, such as those of satellites, tissue and cells. Heatmaps are flipped
     bit for bit, and images up to rounding: see :class:`SpatialTransform`.
 
     Args:
-        horizontal: probability that left and right are exchanged.
-        vertical: probability that top and bottom are.
+        horizontal: probability that left and right are exchanged, along the last axis, which is a signal's only one.
+        vertical: probability that top and bottom are, along the axis before that.
+        depth: probability that front and back are, along the first axis of a volume.
 
     Example:
         >>> RandomFlip(horizontal=0.0, vertical=1.0).sample(1, (2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
@@ -243,22 +308,25 @@ class RandomFlip:
 
     horizontal: float = 0.5
     vertical: float = 0.5
+    depth: float = 0.5
 
     def __post_init__(self) -> None:
         check_probability("horizontal", self.horizontal)
         check_probability("vertical", self.vertical)
+        check_probability("depth", self.depth)
 
     def sample(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> SpatialTransform:
         """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`."""
-        check_size("image_size", image_size)
-        flips = [_uniform(0, 1, (batch_size,), device, generator) < p for p in (self.horizontal, self.vertical)]
+        dims = len(check_size("image_size", image_size, dims=None))
+        chances = (self.horizontal, self.vertical, self.depth)[:dims]
+        flips = [_uniform(0, 1, (batch_size,), device, generator) < chance for chance in chances]
         signs = torch.stack([1 - 2 * flip.float() for flip in flips], dim=1)
         return _move(SpatialTransform(F.pad(torch.diag_embed(signs), (0, 1))), device)
 
@@ -289,7 +357,7 @@ class RandomQuarterTurn:
     def sample(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
@@ -344,7 +412,7 @@ class Compose:
     def sample(
         self,
         batch_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
@@ -355,6 +423,10 @@ class Compose:
         for sampler in others:
             composed = sampler.sample(batch_size, image_size, device=device, generator=generator) @ composed
         return composed
+
+
+def _are_numbers(value: object, hold: Callable[[float], bool]) -> bool:
+    return isinstance(value, (tuple, list)) and 1 <= len(value) <= 3 and all(is_number(v) and hold(v) for v in value)
 
 
 def _symmetric_range(name: str, value: object) -> tuple[float, float]:

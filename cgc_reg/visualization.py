@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cgc_reg._checks import check_images, check_maps, check_pair, describe
+from cgc_reg._enlarge import enlarge
 from cgc_reg.losses import unit_maps
 
 if TYPE_CHECKING:
@@ -75,16 +75,52 @@ def overlay(
     """
     check_images("images", images)
     check_maps("heatmaps", heatmaps)
-    if len(images) != len(heatmaps) or images.shape[1] != 3:
+    if len(images) != len(heatmaps) or images.ndim != 4 or heatmaps.ndim != 3 or images.shape[1] != 3:
         raise ValueError(
             f"`images` must be (n, 3, H, W) with one image for each heatmap; got {describe(images)} and "
-            f"{describe(heatmaps)}."
+            f"{describe(heatmaps)}. Of volumes take `peak_slices`."
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be from 0 (the image alone) to 1 (the heatmap alone); got {alpha}.")
     images = denormalize(images.detach().float().cpu(), mean, std)
     colors = _colorize(heatmaps, (images.shape[2], images.shape[3]))
     return (1 - alpha) * images + alpha * colors
+
+
+def peak_slices(volumes: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> dict[str, Tensor]:
+    """Return the columns of a :func:`gallery` of volumes: the three slices through each heatmap's highest point.
+
+    Args:
+        volumes: (n, 1, D, H, W) or (n, 3, D, H, W), from 0 to 1.
+        heatmaps: (n, d, h, w), at any resolution; enlarged trilinearly, and painted over the slices.
+        alpha: opacity of the heatmap, from 0 to 1.
+
+    Returns:
+        title -> images (n, 3, height, width), on the CPU: the slice at the point's depth, at its row, at its column.
+
+    Raises:
+        ValueError: the volumes are not as many as the heatmaps or have not one or three channels.
+
+    Example:
+        >>> volumes, heatmaps = torch.rand(2, 1, 16, 32, 32), torch.rand(2, 2, 4, 4)
+        >>> figure = gallery(peak_slices(volumes, heatmaps))
+    """
+    check_images("volumes", volumes)
+    check_maps("heatmaps", heatmaps)
+    if len(volumes) != len(heatmaps) or volumes.ndim != 5 or heatmaps.ndim != 4 or volumes.shape[1] not in (1, 3):
+        raise ValueError(
+            "`volumes` must be (n, 1, D, H, W) or (n, 3, D, H, W) with one volume for each heatmap (n, d, h, w); got "
+            f"{describe(volumes)} and {describe(heatmaps)}."
+        )
+    volumes = volumes.detach().float().cpu().expand(-1, 3, -1, -1, -1)
+    large = enlarge(heatmaps.detach().float().cpu(), volumes.shape[2:])
+    peaks = torch.stack(torch.unravel_index(large.flatten(1).argmax(dim=1), large.shape[1:]), dim=1).tolist()
+    columns = {}
+    for axis, name in enumerate(("depth", "row", "column")):
+        images = torch.stack([volume.select(axis + 1, peak[axis]) for volume, peak in zip(volumes, peaks, strict=True)])
+        maps = torch.stack([one.select(axis, peak[axis]) for one, peak in zip(large, peaks, strict=True)])
+        columns[f"at the peak's {name}"] = overlay(images, maps, alpha=alpha)
+    return columns
 
 
 def pair_columns(
@@ -246,9 +282,9 @@ def _colorize(heatmaps: Tensor, size: tuple[int, int] | None) -> Tensor:
     """Turn heatmaps (n, h, w) into colours (n, 3, H, W), each scaled by its own peak; a blank one is all least."""
     from matplotlib import colormaps
 
-    maps = heatmaps.detach().float().cpu().relu()[:, None]
+    maps = heatmaps.detach().float().cpu().relu()
     if size is not None:
-        maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
-    peak = maps.amax(dim=(1, 2, 3), keepdim=True)
+        maps = enlarge(maps, size)
+    peak = maps.amax(dim=(1, 2), keepdim=True)
     maps = maps / peak.masked_fill(peak == 0, 1)
-    return torch.from_numpy(colormaps[COLORMAP](maps[:, 0].numpy())[..., :3]).float().permute(0, 3, 1, 2)
+    return torch.from_numpy(colormaps[COLORMAP](maps.numpy())[..., :3]).float().permute(0, 3, 1, 2)

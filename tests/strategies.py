@@ -4,6 +4,7 @@ import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,11 @@ dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 def sizes(low=1, high=12):
     """(height, width), square or not."""
     return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+def spaces(low=1, high=12):
+    """Sides along one, two or three axes."""
+    return st.integers(1, 3).flatmap(lambda dims: st.tuples(*[st.integers(low, high)] * dims))
 
 
 def generator(seed):
@@ -80,8 +86,13 @@ def boxes(draw, image_size):
 
 def crop(box_list, flips, image_size, dtype=torch.float64):
     """One map for each box and flip."""
-    columns = torch.tensor(box_list, dtype=dtype).unbind(dim=1)
-    return SpatialTransform.from_crop(*columns, torch.tensor(flips), image_size=image_size)
+    start, size = torch.tensor(box_list, dtype=dtype).split(2, dim=1)
+    return SpatialTransform.from_crop(start, size, horizontal(flips), image_size=image_size)
+
+
+def horizontal(flips):
+    """Flips along the last axis of images alone."""
+    return F.pad(torch.as_tensor(flips)[:, None], (1, 0))
 
 
 @st.composite

@@ -69,7 +69,11 @@ IDENTITY = SpatialTransform.identity(4)
     ("arguments", "error", "message"),
     [
         ({"x": X[0]}, ValueError, r"`x` must be images.*\(3, 16, 16\).*x\[None\]"),
-        ({"x": X[None]}, ValueError, r"`x` must be images of shape \(n, c, h, w\); got .*\(1, 4, 3, 16, 16\)"),
+        (
+            {"x": torch.stack([X, X])},
+            ValueError,
+            r"`x` must be images of shape \(n, c, h, w\), as .*\(2, 4, 3, 16, 16\)\.$",
+        ),
         ({"x": X[:0]}, ValueError, "an empty batch"),
         ({"x": X.byte()}, TypeError, "`x` must hold floating-point images.*uint8"),
         ({"x": X.numpy()}, TypeError, "`x` must be a tensor of images.*ndarray"),
@@ -102,7 +106,7 @@ IDENTITY = SpatialTransform.identity(4)
         ({"view": X}, ValueError, "`view` without `transform`"),
         ({"transform": IDENTITY}, ValueError, "`transform` without `view`"),
         ({"view": X[:3], "transform": IDENTITY}, ValueError, "`view` must hold one image for each of the 4"),
-        ({"view": X[0], "transform": IDENTITY}, ValueError, "`view` must be images"),
+        ({"view": X[:, 0], "transform": IDENTITY}, ValueError, "`view` must hold one image for each of the 4"),
         ({"view": X, "transform": IDENTITY[:3]}, ValueError, "`transform` must hold one map.*4.*got 3"),
         ({"view": X, "transform": IDENTITY.theta}, TypeError, r"`transform` must be a SpatialTransform.*theta"),
     ],

@@ -233,15 +233,17 @@ def test_a_pass_repeats_with_its_seed(workers):
 # Errors
 
 
-@pytest.mark.parametrize("view_size", [7, (7,), (7, 0), (7.0, 7), "ab"])
+@pytest.mark.parametrize("view_size", [7, (), (7, 0), (7.0, 7), "ab"])
 def test_a_malformed_view_size_is_refused_at_once(view_size):
-    with pytest.raises(ValueError, match=r"`view_size` must be two positive integers \(height, width\); got "):
+    with pytest.raises(ValueError, match=r"`view_size` must be .*two positive integers \(height, width\).*; got "):
         ContrastiveTransforms(view_size=view_size)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (1, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(8,), (1, 3, 8, 8, 8)])
 def test_a_tensor_that_is_not_one_image_is_refused(shape):
-    with pytest.raises(ValueError, match=r"`image` must be a PIL image or a tensor \(c, h, w\); got a float32 tensor"):
+    with pytest.raises(
+        ValueError, match=r"`image` must be a PIL image, or a tensor \(c, h, w\), .*got a float32 tensor"
+    ):
         ContrastiveTransforms()(torch.zeros(shape))
 
 

@@ -317,7 +317,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"heatmap": torch.ones(1, 1, 2, 2)}, ValueError, r"`heatmap` must be floating-point heatmaps of shape"),
+        ({"heatmap": torch.ones(1)}, ValueError, r"`heatmap` must be floating-point heatmaps of shape"),
         ({"heatmap": torch.ones(1, 2, 2).long()}, ValueError, r"`heatmap` must be floating-point heatmaps of shape"),
         ({"heatmap": None}, TypeError, r"`heatmap` must be a tensor of heatmaps"),
         ({"masks": torch.ones(2, 2, 2)}, ValueError, r"`masks` must be of shape \(1, H, W\)"),

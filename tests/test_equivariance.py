@@ -40,9 +40,10 @@ def seeded(build, seed, *args):
 def crop_of_cells(box):
     """Return the transform, in float64, and the view's size in pixels, which keeps a pixel a pixel."""
     (rows, columns), top, left, height, width = box
-    pixels = [CELL * value.double() for value in (top, left, *torch.tensor([[height] * N, [width] * N]))]
-    no_flip = torch.zeros(N, dtype=torch.bool)
-    transform = SpatialTransform.from_crop(*pixels, no_flip, image_size=(CELL * rows, CELL * columns))
+    start, size = torch.stack([top, left], dim=1), torch.tensor([[height, width]] * N)
+    transform = SpatialTransform.from_crop(
+        CELL * start.double(), CELL * size.double(), image_size=(CELL * rows, CELL * columns)
+    )
     return transform, (CELL * height, CELL * width)
 
 

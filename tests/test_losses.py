@@ -230,7 +230,7 @@ def test_half_precision_maps_are_compared_in_float32(loss, dtype):
     [
         (torch.rand(2, 3, 3), torch.rand(2, 3, 4), ValueError, "one shape"),
         (torch.rand(2, 3, 3), torch.rand(3, 3, 3), ValueError, "one shape"),
-        (torch.rand(2, 1, 3, 3), torch.rand(2, 1, 3, 3), ValueError, r"`query`.*\(n, h, w\)"),
+        (torch.rand(2, 1, 3, 3, 3), torch.rand(2, 1, 3, 3, 3), ValueError, r"`query`.*\(n, h, w\)"),
         (torch.rand(2, 3, 3), torch.ones(2, 3, 3).long(), ValueError, "`key`.*floating"),
         (torch.rand(2, 3, 3), None, TypeError, "`key` must be a tensor"),
     ],

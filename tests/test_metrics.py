@@ -509,7 +509,7 @@ def test_measuring_before_any_heatmap_says_what_to_do(make):
     [
         (torch.ones(2, 3, 3), torch.ones(2, 3, 3), r"one size in all updates; got .*\(2, 3, 3\) after .*\(2, 2\)"),
         (torch.ones(2, 2, 2), torch.ones(1, 2, 2), "`query` and `key` must have one shape"),
-        (torch.ones(2, 2), torch.ones(2, 2), "`query` must be"),
+        (torch.ones(2), torch.ones(2), "`query` must be"),
     ],
 )
 def test_maps_of_other_sizes_are_refused_and_change_nothing(query, key, message):

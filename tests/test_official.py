@@ -33,7 +33,8 @@ def test_preset_reproduces_the_authors_code(case):
     )
     flip = torch.tensor(case["flip"])
     view = torch.where(flip[:, None, None, None], hflip(view), view)
-    transform = SpatialTransform.from_crop(*(torch.tensor(v).double() for v in boxes), flip, image_size=(224, 224))
+    start, size = torch.tensor(boxes).double().T.split(2, dim=1)
+    transform = SpatialTransform.from_crop(start, size, F.pad(flip[:, None], (1, 0)), image_size=(224, 224))
 
     reg = CGCRegularizer.official(
         "layer4", temperature=case["temperature"], loss="info_nce" if case["contrast"] else "mse_consistency"

@@ -47,6 +47,7 @@ RECIPES = {
     "segmentation_output": TINY,
     "teacher": TINY,
     "several_labels": TINY,
+    "volumes": TINY,
     "fastai_learner": TINY,
     "kornia_views": TINY,
 }

@@ -617,9 +617,9 @@ def test_runs_without_data(channels, n, size, output_size, dtype):
 @laws
 @given(sizes(), st.data())
 def test_whole_numbers_give_float32_maps_and_float64_stays(image_size, data):
-    box = torch.tensor([data.draw(boxes(image_size))])
+    start, size = torch.tensor([data.draw(boxes(image_size))]).split(2, dim=1)
     for given_type, wanted in ((torch.int64, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
-        t = SpatialTransform.from_crop(*box.to(given_type).T, torch.tensor([False]), image_size=image_size)
+        t = SpatialTransform.from_crop(start.to(given_type), size.to(given_type), image_size=image_size)
         assert t.theta.dtype == wanted
 
 
@@ -747,14 +747,13 @@ def test_no_maps_in_pixels_are_no_maps():
 # Errors
 
 THETA = IDENTITY.theta
-ONE, TWO = torch.tensor([1.0]), torch.tensor([1.0, 2.0])
-UNFLIPPED = torch.tensor([False])
+ONE, TWO = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 2.0]])
 PIXELS = torch.eye(3)[None]
 ALMOST_SINGULAR = torch.tensor([[[0.1, 0.3, 0.0], [0.7, 2.1, 0.0]]])  # on paper it is; float32 rounds each number
 
 
-def from_crop(top=ONE, left=ONE, height=ONE, width=ONE, flip=UNFLIPPED, image_size=(4, 4)):
-    return SpatialTransform.from_crop(top, left, height, width, flip, image_size=image_size)
+def from_crop(start=ONE, size=ONE, flip=None, image_size=(4, 4)):
+    return SpatialTransform.from_crop(start, size, flip, image_size=image_size)
 
 
 def from_matrix(matrix, image_size=(4, 4), output_size=None):
@@ -772,26 +771,28 @@ def changed(*entries, value):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: SpatialTransform([[1.0]]), ValueError, r"`theta` must be .* \(n, 2, 3\); got \[\[1.0\]\]"),
-        (lambda: SpatialTransform(torch.zeros(2, 3)), ValueError, r"\(n, 2, 3\); got a float32 tensor of shape \(2, 3"),
+        (lambda: SpatialTransform([[1.0]]), ValueError, r"`theta` must be .* \(n, d, d \+ 1\), .*; got \[\[1.0\]\]"),
+        (lambda: SpatialTransform(torch.zeros(2, 3)), ValueError, r"got a float32 tensor of shape \(2, 3"),
         (lambda: SpatialTransform(torch.zeros(5, 3, 2)), ValueError, r"`theta` must be .* got .* \(5, 3, 2\)"),
         (lambda: SpatialTransform(THETA.long()), TypeError, r"`theta` must be float32 or float64; got a int64"),
         (lambda: SpatialTransform(THETA.half()), TypeError, r"got a float16 tensor .* Convert with `.float\(\)`"),
-        (lambda: from_crop(top=1.0), ValueError, r"`top` must be a tensor of shape \(n,\); got 1.0"),
-        (lambda: from_crop(left=ONE[None]), ValueError, r"`left` must be .* got a float32 tensor of shape \(1, 1\)"),
-        (lambda: from_crop(height=TWO), ValueError, r"`height` must be as long as `top`, 1; got .* \(2,\)"),
-        (lambda: from_crop(width=None), ValueError, r"`width` must be .* got None"),
-        (lambda: from_crop(flip=torch.tensor([0])), ValueError, r"`horizontal_flip` must be a bool .* got a int64"),
-        (lambda: from_crop(flip=torch.tensor([True] * 2)), ValueError, r"bool tensor of shape \(1,\); got .* \(2,\)"),
-        (lambda: from_crop(flip=True), ValueError, r"`horizontal_flip` must be .* got True"),
-        (lambda: from_crop(image_size=4), ValueError, r"`image_size` must be two positive integers .* got 4"),
-        (lambda: from_crop(image_size=(4, 0)), ValueError, r"`image_size` must be two positive .* got \(4, 0\)"),
+        (lambda: from_crop(start=1.0), ValueError, r"`start` must be a tensor of shape \(n, 2\), .* \(4, 4\); got 1.0"),
+        (lambda: from_crop(size=ONE[0]), ValueError, r"`size` must be .* got a float32 tensor of shape \(2,\)"),
+        (lambda: from_crop(image_size=(4, 4, 4)), ValueError, r"`start` must be .* \(n, 3\), .* got .* \(1, 2\)"),
+        (lambda: from_crop(size=TWO), ValueError, r"`size` must be as long as `start`, 1; got .* \(2, 2\)"),
+        (lambda: from_crop(flip=ONE), ValueError, r"`flip` must be a bool tensor of shape \(1, 2\), .* got a float32"),
+        (lambda: from_crop(flip=TWO > 1), ValueError, r"bool tensor of shape \(1, 2\), .*; got .* \(2, 2\)"),
+        (lambda: from_crop(flip=True), ValueError, r"`flip` must be .* got True"),
+        (lambda: from_crop(image_size=4), ValueError, r"`image_size` must be one positive integer .* got 4"),
+        (lambda: from_crop(image_size=(4, 0)), ValueError, r"`image_size` must be .* got \(4, 0\)"),
+        (lambda: from_crop(image_size=(4, 4, 4, 4)), ValueError, r"`image_size` must be .* got \(4, 4, 4, 4\)"),
         (lambda: from_matrix([[1.0]]), ValueError, r"`matrix` must be a tensor of shape \(n, 2, 3\) or .* got \[\[1.0"),
         (lambda: from_matrix(PIXELS[0]), ValueError, r"`matrix` must be .* \(3, 3\)\. .* `torch.as_tensor\(matrix\)"),
         (lambda: from_matrix(torch.eye(3).numpy()), ValueError, r"`matrix` must be a tensor .* got a numpy.ndarray"),
         (lambda: from_matrix(torch.zeros(5, 3, 2)), ValueError, r"`matrix` must be .* got .* \(5, 3, 2\)"),
         (lambda: from_matrix(PIXELS.long()), TypeError, r"`matrix` must be floating point; got a int64 .*`.float\(\)`"),
-        (lambda: from_matrix(PIXELS, 4), ValueError, r"`image_size` must be two positive integers .* got 4"),
+        (lambda: from_matrix(PIXELS, 4), ValueError, r"`image_size` must be one positive integer .* got 4"),
+        (lambda: from_matrix(PIXELS, (4, 4, 4)), ValueError, r"`matrix` must be .* \(n, 3, 4\) or \(n, 4, 4\), .* got"),
         (lambda: from_matrix(PIXELS, (4, 4), (4, 0)), ValueError, r"`output_size` must be two .* got \(4, 0\)"),
         (
             lambda: from_matrix(changed((0, 0), value=0.0)),
@@ -810,7 +811,11 @@ def changed(*entries, value):
         ),
         (lambda: IDENTITY.matrix(4), ValueError, r"`image_size` must be two positive integers .* got 4"),
         (lambda: IDENTITY.matrix((4, 4), (4,)), ValueError, r"`output_size` must be two positive .* got \(4,\)"),
-        (lambda: IDENTITY @ SpatialTransform.identity(3), ValueError, r"one batch size; got 2 and 3"),
+        (
+            lambda: IDENTITY @ SpatialTransform.identity(3),
+            ValueError,
+            r"one batch size .* got thetas of shapes \(2, 2, 3\) and \(3, 2, 3\)",
+        ),
         (lambda: IDENTITY @ torch.eye(2), TypeError, r"unsupported operand"),
         (lambda: IDENTITY(torch.zeros(4, 4)), ValueError, r"images .* or heatmaps .* got a float32 .* \(4, 4\)"),
         (lambda: IDENTITY(torch.zeros(2, 1, 1, 4, 4)), ValueError, r"`x` must be images .* \(2, 1, 1, 4, 4\)"),

@@ -11,7 +11,16 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from cgc_reg import CGCRegularizer
-from cgc_reg.visualization import COLORMAP, curves, denormalize, gallery, overlay, pair_columns, similarity_matrix
+from cgc_reg.visualization import (
+    COLORMAP,
+    curves,
+    denormalize,
+    gallery,
+    overlay,
+    pair_columns,
+    peak_slices,
+    similarity_matrix,
+)
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CHANNELS = st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
@@ -37,6 +46,24 @@ def test_overlay_denormalizes():
     images, heatmaps = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 4)
     normalized = v2.functional.normalize(images, MEAN, STD)
     torch.testing.assert_close(overlay(normalized, heatmaps, mean=MEAN, std=STD), overlay(images, heatmaps))
+
+
+def test_peak_slices_go_through_the_highest_point():
+    volumes, heatmaps = torch.rand(2, 1, 4, 5, 6), torch.rand(2, 4, 5, 6)
+    heatmaps[0, 3, 1, 5] = heatmaps[1, 0, 4, 2] = 2.0
+    slices = peak_slices(volumes, heatmaps, alpha=0)
+    assert list(slices) == ["at the peak's depth", "at the peak's row", "at the peak's column"]
+    expected = [(volumes[0, :, 3], volumes[1, :, 0]), (volumes[0, :, :, 1], volumes[1, :, :, 4])]
+    expected.append((volumes[0, :, :, :, 5], volumes[1, :, :, :, 2]))
+    for found, wanted in zip(slices.values(), expected, strict=True):
+        torch.testing.assert_close(found, torch.stack(wanted).expand(-1, 3, -1, -1))
+    painted = peak_slices(volumes, heatmaps[:, ::2, ::2, ::2], alpha=1)
+    assert [image.shape[1:] for image in painted.values()] == [(3, 5, 6), (3, 4, 6), (3, 4, 5)]
+    assert len(gallery(painted).axes) == 3
+    with pytest.raises(ValueError, match=r"`volumes` must be \(n, 1, D, H, W\) or .* got .* \(2, 5, 6\)"):
+        peak_slices(volumes, heatmaps[:, 0])
+    with pytest.raises(ValueError, match="Of volumes take `peak_slices`"):
+        overlay(volumes, heatmaps)
 
 
 def test_overlay_goes_from_the_image_to_the_colours_of_the_heatmap():

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from cgc_reg.model.layers import did_you_mean
+from cgc_reg.model.layers import CONVOLUTIONS, did_you_mean
 from cgc_reg.model.settings import evaluation_flags
 
 Weights = Mapping[nn.Module, Tensor]
@@ -87,9 +87,9 @@ def head_weight(model: nn.Module, name: str | None, *, channels: int, classes: i
     return used.get(head, weight).flatten(1)
 
 
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     return isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+        isinstance(module, CONVOLUTIONS) and set(module.kernel_size) == {1} and module.groups == 1
     )
 
 

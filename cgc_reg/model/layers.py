@@ -7,7 +7,27 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from cgc_reg._checks import describe
 from cgc_reg.model.replica import is_same
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of one, two and three spatial dimensions
+SHAPES = {1: "(n, c, length)", 2: "(n, c, h, w)", 3: "(n, c, d, h, w)"}  # of maps, by the number of spatial dimensions
+
+
+def check_dimensions(model: nn.Module, x: Tensor) -> None:
+    """Refuse images of other dimensions than the model's convolutions have, such as one without its batch."""
+    known = {
+        dims
+        for dims, kind in enumerate(CONVOLUTIONS, start=1)
+        if any(isinstance(module, kind) for module in model.modules())
+    }
+    if known and x.ndim - 2 not in known:
+        shapes = " or ".join(SHAPES[dims] for dims in sorted(known))
+        repair = " Add the batch dimension with `x[None]`." if x.ndim - 1 in known else ""
+        raise ValueError(
+            f"`x` must be images of shape {shapes}, as the convolutions of `model` take them; got {describe(x)}."
+            f"{repair}"
+        )
 
 
 def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
@@ -74,7 +94,7 @@ def without_compilers(name: str) -> str:
 
 
 def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
-    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w).
+    """Tell whether a layer's output is (n, h, w, c) rather than (n, c, h, w), whatever the number of dimensions.
 
     It is when a layer inside that has weights works on the last dimension, and its width is found there alone. Beside
     convolutions only the last of these layers tells, since squeeze-and-excitation has linear layers of any width. A
@@ -92,4 +112,4 @@ def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
         for module in weighted
         if isinstance(module, (nn.Linear, nn.LayerNorm))
     }
-    return output.ndim == 4 and output.shape[3] in widths and output.shape[1] not in widths
+    return output.ndim > 2 and output.shape[-1] in widths and output.shape[1] not in widths

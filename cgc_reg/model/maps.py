@@ -1,4 +1,4 @@
-"""A layer's output as maps (n, c, h, w)."""
+"""A layer's output as maps: (n, c, h, w), or what volumes and signals have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from cgc_reg._checks import describe
 from cgc_reg._precision import at_least_float32
 from cgc_reg.model.given import ordinary
+from cgc_reg.model.layers import SHAPES
 from cgc_reg.model.passes import ForwardPass
 
 ReshapeTransform = Callable[[Tensor], Tensor]
@@ -16,13 +17,13 @@ ReshapeTransform = Callable[[Tensor], Tensor]
 
 def activation_maps(made: ForwardPass, reshape_transform: ReshapeTransform | None) -> Tensor:
     """Return what the layer put out in a pass, in at least float32: one map for each image."""
-    if made.channels_last and reshape_transform is None:
+    if made.channels_last and reshape_transform is None and made.layer_output.ndim == made.dims + 2:
         raise ValueError(
-            "`target_layer` must put out maps of shape (n, c, h, w); got channels last, "
+            f"`target_layer` must put out maps of shape {SHAPES[made.dims]}; got channels last, "
             f"{describe(made.layer_output)}, from {made.target_layer!r}. Pass "
             "`reshape_transform=channels_last_to_maps`."
         )
-    activation = at_least_float32(as_maps(made.layer_output, reshape_transform, made.target_layer))
+    activation = at_least_float32(as_maps(made.layer_output, reshape_transform, made))
     if len(activation) != len(made.logits):
         raise ValueError(
             f"`target_layer` must put out one map for each of the {len(made.logits)} images; got "
@@ -32,10 +33,10 @@ def activation_maps(made: ForwardPass, reshape_transform: ReshapeTransform | Non
     return activation
 
 
-def as_maps(layer_output: Tensor, reshape_transform: ReshapeTransform | None, target_layer: str) -> Tensor:
-    """Return a layer's output, or its gradient, as maps."""
+def as_maps(layer_output: Tensor, reshape_transform: ReshapeTransform | None, made: ForwardPass) -> Tensor:
+    """Return a layer's output, or its gradient, as maps of as many dimensions as the images of the pass have."""
     maps = ordinary(layer_output if reshape_transform is None else reshape_transform(layer_output))
-    if not isinstance(maps, Tensor) or maps.ndim != 4:
+    if not isinstance(maps, Tensor) or maps.ndim != made.dims + 2:
         whose = "`target_layer` must put out" if reshape_transform is None else "`reshape_transform` must return"
         repair = (
             "Name a layer in front of the pooling."
@@ -43,5 +44,7 @@ def as_maps(layer_output: Tensor, reshape_transform: ReshapeTransform | None, ta
             else "For tokens (n, t, c) pass `reshape_transform=TokensToMaps((h, w))`, for channels last "
             "`reshape_transform=channels_last_to_maps`."
         )
-        raise ValueError(f"{whose} maps of shape (n, c, h, w); got {describe(maps)} from {target_layer!r}. {repair}")
+        raise ValueError(
+            f"{whose} maps of shape {SHAPES[made.dims]}; got {describe(maps)} from {made.target_layer!r}. {repair}"
+        )
     return maps

@@ -30,6 +30,7 @@ class ForwardPass:
     target_layer: str  # the layer's name in the unwrapped model
     layer_output: Tensor
     channels_last: bool  # whether the layer's output looks like (n, h, w, c)
+    dims: int  # how many spatial dimensions the images have
     output: Any  # what the model returned
     weights: Weights = field(default_factory=dict)  # of linear layers that make theirs in each pass
 
@@ -81,7 +82,8 @@ def _run(
         # Also here gradients are on: `output_fn` may compute something.
         logits = find_logits(output, output_fn, len(x))
         inner_logits = logits if parallel is None else find_logits(inner_outputs[0], output_fn, len(x))
-    made = ForwardPass(logits, inner_logits, kept.target_layer, kept.output, kept.channels_last, output, weights)
+    dims = x.ndim - 2
+    made = ForwardPass(logits, inner_logits, kept.target_layer, kept.output, kept.channels_last, dims, output, weights)
     return made, kept
 
 
@@ -97,4 +99,5 @@ def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: 
         output, layer_output = model(x)
     name, layer = find_layer(unwrap(exposed), exposed.target_layer)
     logits = find_logits(output, output_fn, len(x))
-    return ForwardPass(logits, logits, name, layer_output, is_channels_last(layer, layer_output), output)
+    channels_last = is_channels_last(layer, layer_output)
+    return ForwardPass(logits, logits, name, layer_output, channels_last, x.ndim - 2, output)

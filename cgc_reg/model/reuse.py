@@ -109,7 +109,14 @@ def find_kept_pass(
                 (layer_output,) = kept.layer_outputs
                 channels_last = is_channels_last(passes.layer, layer_output)
                 return ForwardPass(
-                    logits, inner_logits, passes.target_layer, layer_output, channels_last, kept.output, kept.weights
+                    logits,
+                    inner_logits,
+                    passes.target_layer,
+                    layer_output,
+                    channels_last,
+                    x.ndim - 2,
+                    kept.output,
+                    kept.weights,
                 )
     return None
 

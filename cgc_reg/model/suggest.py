@@ -15,7 +15,14 @@ from cgc_reg._precision import without_autocast_cache
 from cgc_reg.model.compilation import uncompiled
 from cgc_reg.model.given import ordinary, outside_inference_mode
 from cgc_reg.model.graph import node_of, nodes
-from cgc_reg.model.layers import KEEP_BLOCKS_WHOLE, is_channels_last, without_compilers
+from cgc_reg.model.layers import (
+    CONVOLUTIONS,
+    KEEP_BLOCKS_WHOLE,
+    SHAPES,
+    check_dimensions,
+    is_channels_last,
+    without_compilers,
+)
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.own import own_pass
 from cgc_reg.model.settings import evaluation_mode
@@ -42,14 +49,15 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
 
     Args:
         model: any image classifier.
-        x: images (n, c, h, w), as large as those to come: on smaller ones the last map may shrink to a point.
+        x: images (n, c, h, w), volumes or signals, as large as those to come: on smaller ones the last map may shrink
+            to a point.
 
     Returns:
         The dotted name, for ``CGCRegularizer(target_layer)``.
 
     Raises:
-        ValueError: no layer puts out a map (n, c, h, w) with more than one pixel, or the last ones lie in branches, or
-            the model is a transformer, whose layers need a ``reshape_transform``.
+        ValueError: no layer puts out a map, of as many dimensions as x, with more than one pixel, or the last ones lie
+            in branches, or the model is a transformer, whose layers need a ``reshape_transform``.
 
     Example:
         >>> suggest_target_layer(torchvision.models.resnet18(), torch.zeros(1, 3, 224, 224))
@@ -57,15 +65,16 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
     """
     check_images("x", x)
     model = unwrap(model)
+    check_dimensions(model, x)
     with outside_inference_mode(), torch.enable_grad(), in_turn(model):
         x = ordinary(x).detach().clone().requires_grad_()
         images = node_of(x)
         maps, tokens, output = _look(model, x)
     classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
-    while len(maps) > 1 and isinstance(maps[-1].layer, nn.Conv2d) and maps[-1].output.shape[1] == classes:
+    while len(maps) > 1 and isinstance(maps[-1].layer, CONVOLUTIONS) and maps[-1].output.shape[1] == classes:
         maps.pop()
     got = f"{type(model).__name__} for {describe(x.detach())}"
-    _check(maps, tokens, got)
+    _check(maps, tokens, SHAPES[x.ndim - 2], got)
     grid = maps[-1].output.shape[2:]
     for each in reversed(maps):
         if each.output.shape[2:] == grid and not _is_bypassed(each, images, output):
@@ -86,7 +95,7 @@ def _look(model: nn.Module, x: Tensor) -> tuple[list[_Map], list[str], Any]:
             if name and any(True for _ in module.parameters()):
 
                 def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+                    if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[2:].numel() > 1:
                         maps.append(_Map(name, module, output, node_of(output)))
                     elif isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] > 1:
                         tokens.append(name)
@@ -104,20 +113,20 @@ def _look(model: nn.Module, x: Tensor) -> tuple[list[_Map], list[str], Any]:
     return maps, tokens, output
 
 
-def _check(maps: list[_Map], tokens: list[str], got: str) -> None:
+def _check(maps: list[_Map], tokens: list[str], wanted: str, got: str) -> None:
     if len(tokens) > len(maps):
         raise ValueError(
-            f"`model` must have layers that put out maps (n, c, h, w); got tokens (n, t, c) from {tokens[-1]!r} in "
+            f"`model` must have layers that put out maps {wanted}; got tokens (n, t, c) from {tokens[-1]!r} in "
             f"{got}. Name a layer, and pass `reshape_transform=TokensToMaps((h, w))`."
         )
     if not maps:
         raise ValueError(
-            f"`model` must have a layer that puts out a map (n, c, h, w) with h * w > 1; got none in {got}. Pass "
+            f"`model` must have a layer that puts out a map {wanted} of more than one pixel; got none in {got}. Pass "
             "larger images, or name a layer and a `reshape_transform`."
         )
     if is_channels_last(maps[-1].layer, maps[-1].output):
         raise ValueError(
-            f"`model` must have layers that put out maps (n, c, h, w); got channels last, "
+            f"`model` must have layers that put out maps {wanted}; got channels last, "
             f"{describe(maps[-1].output.detach())}, from {maps[-1].name!r} in {got}. Name a layer, and pass "
             "`reshape_transform=channels_last_to_maps`."
         )
