@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import permutations
 
 import torch
@@ -272,7 +273,7 @@ class SpatialTransform:
         size = check_size("size", size, dims=self.dims)
         # On a grid of two pixels a side, the input reaches from -0.5 to 1.5.
         inside = [(p - 0.5).abs() <= 1 for p in _source_pixels(self.theta, [2] * self.dims, size)]
-        return torch.stack(inside).all(dim=0).to(self.theta.dtype)
+        return reduce(torch.logical_and, inside).to(self.theta.dtype)
 
 
 _KINDS = {
@@ -349,10 +350,10 @@ def _source_pixels(theta: Tensor, source: Sequence[int], size: Sequence[int]) ->
     offsets = []
     for axis, n in reversed(list(enumerate(size))):
         offset = torch.arange(n, device=theta.device, dtype=theta.dtype) + (0.5 - n / 2)
-        offsets.append(offset.view([n if other == axis else 1 for other in range(-1, dims)]))
+        offsets.append(offset[(None, *[None] * axis, slice(None), *[None] * (dims - 1 - axis))])
     positions = []
     for row, extent in zip(theta.unbind(dim=1), reversed(source), strict=True):
-        *linear, shift = row.view(len(theta), dims + 1, *[1] * dims).unbind(dim=1)
+        *linear, shift = row[(..., *[None] * dims)].unbind(dim=1)
         first, *others = (
             a * (extent / n) * offset for a, n, offset in zip(linear, reversed(size), offsets, strict=True)
         )
@@ -364,23 +365,27 @@ def _gather_linear(x: Tensor, theta: Tensor, size: Sequence[int]) -> Tensor:
     """Interpolate between gathered neighbours; the backward repeats bit for bit where that is asked for."""
     n, c, *source = x.shape
     flat = x.flatten(2)
-    neighbours = []  # along each axis: the pixel before, the one behind, and how far from one to the other
-    for axis, position in enumerate(reversed(_source_pixels(theta.to(x.dtype), source, size))):
-        position = position.clamp(0, source[axis] - 1)
+    positions = _source_pixels(theta.to(x.dtype), source, size)
+    neighbours = []  # along each axis: the pixel before and its weight, the one behind and its weight
+    for axis, extent in enumerate(source):
+        position = positions.pop().clamp(0, extent - 1)
         before = position.floor()
         share = (position - before).flatten(1)[:, None]
-        before, stride = before.long(), math.prod(source[axis + 1 :])
-        neighbours.append((before * stride, (before + 1).clamp(max=source[axis] - 1) * stride, share))
+        before = before.long()
+        behind = (before + 1).clamp(max=extent - 1)
+        if axis < len(source) - 1:
+            stride = math.prod(source[axis + 1 :])
+            before, behind = before * stride, behind * stride
+        neighbours.append(((before, 1 - share), (behind, share)))
 
-    def between(chosen: list[Tensor]) -> Tensor:
+    def between(*chosen: Tensor) -> Tensor:
         """Interpolate along the axes whose pixel is not chosen yet."""
         if len(chosen) == len(source):
-            pixel = sum(chosen[1:], chosen[0])
-            return flat.gather(2, pixel.flatten(1)[:, None].expand(-1, c, -1))
-        before, behind, share = neighbours[len(chosen)]
-        return between([*chosen, before]) * (1 - share) + between([*chosen, behind]) * share
+            return flat.gather(2, reduce(torch.add, chosen).flatten(1)[:, None].expand(-1, c, -1))
+        first, second = (between(*chosen, pixel) * weight for pixel, weight in neighbours[len(chosen)])
+        return first + second
 
-    return between([]).view(n, c, *size)
+    return between().view(n, c, *size)
 
 
 def _grid_sample(x: Tensor, theta: Tensor, size: Sequence[int]) -> Tensor:
