@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -32,6 +33,10 @@ from cgc_reg import (
     pointing_game,
     suggest_target_layer,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what is deprecated in the libraries that it uses
+    import monai.networks.nets as monai_nets
 
 SIZES = {1: (40,), 2: (16, 24), 3: (8, 12, 16)}
 dimensions = pytest.mark.parametrize("dims", SIZES)
@@ -79,7 +84,12 @@ def slow_step(model, layer, x, view, transform, target):
 
     def heatmaps(inputs):
         kept = []
-        handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: kept.append(output))
+
+        def keep(module, args, output):
+            kept.append(output)
+            return output.clone()  # which the model may change in place
+
+        handle = model.get_submodule(layer).register_forward_hook(keep)
         logits = model(inputs)
         handle.remove()
         score = logits.gather(1, target[:, None]).sum()
@@ -135,10 +145,56 @@ def test_the_views_pass_leaves_the_running_statistics_to_the_step(dims):
 def test_a_network_of_clips_trains_as_the_equation_says(name):
     torch.manual_seed(0)
     model = getattr(torchvision.models.video, name)(num_classes=3).double()
-    clips = noise(1, 3, 3, 8, 32, 48)
+    clips = noise(1, 2, 3, 4, 32, 32)
     assert suggest_target_layer(model, clips) == "layer4"
     with pytest.warns(UserWarning, match="A BatchNorm behind `target_layer`"):  # of layer4, where clips this small end
         assert_step_is_the_slow_one(model, "layer3", clips)
+
+
+MONAI = {
+    "DenseNet121": lambda nets: nets.DenseNet121(3, 2, 3, init_features=8, growth_rate=4),
+    "ResNet": lambda nets: nets.ResNet("basic", [1, 1, 1, 1], [8, 16, 32, 64], n_input_channels=2, num_classes=3),
+    "SENet": lambda nets: nets.SENet(
+        3, 2, "se_resnet_bottleneck", [1, 1, 1, 1], groups=1, reduction=4, dropout_prob=None, inplanes=16, num_classes=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MONAI)
+def test_a_network_of_monai_trains_as_the_equation_says(name):
+    torch.manual_seed(0)
+    model = MONAI[name](monai_nets).double()
+    volumes = noise(1, 2, 2, 32 if name == "DenseNet121" else 16, 32, 64)
+    layer = "features" if name == "DenseNet121" else "layer4"
+    assert suggest_target_layer(model, volumes) == layer
+    assert_step_is_the_slow_one(model, layer, volumes)
+
+
+class Residual(nn.Module):
+    """A block of a ResNet for signals."""
+
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(channels, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm1d(out),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(out, out, 3, padding=1, bias=False),
+            nn.BatchNorm1d(out),
+        )
+        self.shortcut = nn.Conv1d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x):
+        return (self.body(x) + self.shortcut(x)).relu_()
+
+
+def test_a_resnet_of_signals_trains_as_the_equation_says():
+    torch.manual_seed(0)
+    blocks = [Residual(2, 8, 2), Residual(8, 16, 2), Residual(16, 32, 2)]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 3)).double()
+    signals = noise(1, 4, 2, 200)
+    assert suggest_target_layer(model, signals) == "2"
+    assert_step_is_the_slow_one(model, "2", signals)
 
 
 @dimensions
