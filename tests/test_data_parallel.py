@@ -35,6 +35,7 @@ from cgc_reg import (
     compile_below,
     expose_layer,
 )
+from cgc_reg.model.sharded import _groups
 
 WORLDS = [2, 3]
 BATCH = 3  # of each process
@@ -97,6 +98,13 @@ def detached(model, share, **options):
     return compute(model, share, detach_key=True, **options)
 
 
+def measure_between(model, share, **options):
+    loss = regularizer(share, heatmap="grad_cam", **options).compute(model, X[share]).loss
+    with torch.no_grad():
+        model(X[share])  # after which the weights are freed
+    return loss
+
+
 def two_layers(model, share, **options):
     lower, upper = (HiResCAM(layer)(model, X[share], Y[share]) for layer in ("features.0", "features"))
     return lower.heatmap.square().mean() + upper.heatmap.square().mean() + F.cross_entropy(upper.logits, Y[share])
@@ -133,6 +141,7 @@ SHARDED_LOOPS = {
         for heatmap in ("class_activation", "grad_cam")
     },
     "two layers": two_layers,
+    "measure between": measure_between,
     "full_grad": full_grad,
     "an explainer of their own": theirs,
 }
@@ -233,9 +242,9 @@ class Model(NamedTuple):
         return self.build().double()
 
     def step(self, model, share, **options):
-        reg = CGCRegularizer(self.g, transform=Prepared(T[share]), **options)
-        out = reg.compute(model, X[share])
-        return F.cross_entropy(out.logits, Y[share]) + out.loss
+        """Have the loop's own pass last: in the backward its modules come first, and their weights would be freed."""
+        loss = CGCRegularizer(self.g, transform=Prepared(T[share]), **options)(model, X[share])
+        return F.cross_entropy(model(X[share]), Y[share]) + loss
 
 
 def vision_transformer():
@@ -258,6 +267,20 @@ SHARDED_MODELS = {
         GradCAM("encoder.layers.encoder_layer_1.ln_1", reshape_transform=TokensToMaps((4, 4))),
     ),
 }
+
+
+def gathered_meanwhile(rank, world):
+    """Look at FSDP's groups of weights after an inner gradient, and late in the step's backward."""
+    inner, mesh = network(), init_device_mesh("cpu", (world,))
+    below, above = (fully_shard(inner.get_submodule(part), mesh=mesh) for part in ("features.0", "head"))
+    fully_shard(inner, mesh=mesh)
+    (below,), (above,) = (_groups(part._get_fsdp_state()) for part in (below, above))
+    x, late = X[SHARES[rank]].clone().requires_grad_(), []
+    x.register_hook(lambda gradient: late.append((below.is_sharded, above.is_sharded)))
+    heatmap = GradCAM("features")(inner, x).heatmap
+    ordered = bool(below._post_forward_indices)  # its place in the order in which weights are gathered ahead
+    heatmap.square().sum().backward()
+    return {"ordered": ordered, "late": late, "after": (below.is_sharded, above.is_sharded)}
 
 
 def unequal(rank, **options):
@@ -286,6 +309,7 @@ def work(rank):
                 name: sharded(rank, world, loop, network(), divided, reshard="class_activation" not in name)
                 for name, loop in SHARDED_LOOPS.items()
             }
+        results["gathered meanwhile"] = gathered_meanwhile(rank, world)
         accumulated = SHARDED_LOOPS[ACCUMULATED]
         results["accumulated"] = sharded(rank, world, accumulated, network(), parts, reshard=True, accumulate=True)
         results["sharded models"] = {
@@ -358,6 +382,14 @@ def test_a_sharded_model_accumulates_gradients(results, world):
     for result in results(world):
         assert "error" not in result["accumulated"], result["accumulated"]["error"]
         torch.testing.assert_close(result["accumulated"], expected)
+
+
+@worlds
+@needs_sharding
+def test_only_weights_above_the_layer_stay_gathered_until_the_backward_is_over(results, world):
+    for result in results(world):
+        expected = {"ordered": True, "late": [(True, False)], "after": (True, True)}
+        assert result["gathered meanwhile"] == expected
 
 
 @worlds

@@ -51,14 +51,13 @@ def through_shards(model: nn.Module, *, trains: bool) -> Iterator[Callable[[Tens
     with ExitStack() as stack:
         for group in groups:
             stack.enter_context(_no_end(group, note))
-        if states:
+        if states:  # which also keeps the order in which weights are gathered ahead
             stack.enter_context(attribute(states[0]._state_ctx, "is_last_backward", False))
         yield hold
 
 
 def _hold(state: Any, groups: list[Any], gradient: Tensor) -> None:
     """Gather groups of weights, and keep them until the backward that goes on is over."""
-    state._register_root_post_backward_final_callback()  # so that ours comes after it
     for group in groups:
         group.pre_backward(False)
         group.post_backward = lambda *unused: None
