@@ -262,7 +262,6 @@ def test_a_rotation_is_one_in_space(size, seed, data):
         (lambda: RandomFlip(depth=2.0), r"`depth` must be a probability"),
         (lambda: RandomFlip().sample(1, (8, 8, 8, 8)), r"`image_size` must be one positive .* three .* got"),
     ],
-    ids=str,
 )
 def test_options_that_do_not_go_with_the_dimensions_are_refused(sample, message):
     with pytest.raises(ValueError, match=message):
