@@ -132,7 +132,7 @@ def test_covered_is_what_looks_into_the_input(size, data):
 
 
 @laws
-@given(spaces(1, 300), spaces(1, 300), st.data())
+@given(spaces(1, 300), spaces(), st.data())
 def test_matrices_in_pixels_come_in_and_go_out(size, other, data):
     output = (*other, 20, 30)[: len(size)]
     transform = data.draw(maps_of(len(size)))
