@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from cgc_reg._checks import describe
+from cgc_reg._checks import AXES, describe
 from cgc_reg._precision import at_least_float32
 from cgc_reg._targets import as_target, target_of
 from cgc_reg.explanation import Explainer, Explanation, in_its_graph
@@ -43,7 +43,8 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
             f"`static_graph=True`; got {describe(explainer)}, whose inner gradient would pass for the end of the step. "
             "Leave out `static_graph=True`."
         )
-    measuring = nullcontext() if torch.is_grad_enabled() else as_without_gradients()
+    trains = torch.is_grad_enabled()
+    measuring = nullcontext() if trains else as_without_gradients()
     # Its inner gradient needs a graph, and what can be differentiated twice.
     with (
         in_turn(model),
@@ -51,7 +52,7 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
         torch.enable_grad(),
         uncompiled(model),
         unfused_attention(),
-        through_shards(model, trains=torch.is_grad_enabled()) as hold,
+        through_shards(model, trains=trains) as hold,
     ):
         seen = explainer(unwrap(model) if parallel is None else parallel, ordinary(x), target)
     if not isinstance(seen, Explanation):
@@ -64,14 +65,13 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
         or heatmap.shape[:1] != (n,)
         or (heatmap.ndim != dims + 1)
     ):
-        axes = ("length", "h, w", "d, h, w")[dims - 1]
-        raise ValueError(f"The explainer must return heatmaps of shape ({n}, {axes}); got {describe(heatmap)}.")
+        raise ValueError(f"The explainer must return heatmaps of shape ({n}, {AXES[dims]}); got {describe(heatmap)}.")
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
         raise ValueError(f"The explainer must return logits of shape ({n}, classes); got {describe(logits)}.")
     if seen.target is None:
         raise TypeError("The explainer must return the target that it explained; got None.")
     target = target_of(as_target(seen.target, n, logits.device), logits)
-    if torch.is_grad_enabled() and heatmap.requires_grad and not logits.requires_grad:
+    if trains and heatmap.requires_grad and not logits.requires_grad:
         raise RuntimeError(
             "The explainer must return logits in the graph, since a cross-entropy on them would train nothing; got "
             "some without. Take them from a pass with gradients, and do not detach them."

@@ -20,7 +20,7 @@ from networks import relu_net
 from strategies import generator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.convnext import CNBlockConfig
 
@@ -280,7 +280,34 @@ def gathered_meanwhile(rank, world):
     heatmap = GradCAM("features")(inner, x).heatmap
     ordered = bool(below._post_forward_indices)  # its place in the order in which weights are gathered ahead
     heatmap.square().sum().backward()
-    return {"ordered": ordered, "late": late, "after": (below.is_sharded, above.is_sharded)}
+    after = [(below.is_sharded, above.is_sharded)]
+    for g in (GradCAM("features"), FullGrad()):
+        with torch.no_grad():
+            g(inner, X[SHARES[rank]])
+        after.append((below.is_sharded, above.is_sharded))
+    return {"ordered": ordered, "late": late, "after": after}
+
+
+def after_an_error(rank, world):
+    """Take a step with a heatmap, in whose backward something fails, and then one without heatmaps."""
+    inner, mesh = network(), init_device_mesh("cpu", (world,))
+    for part in ("features.0", "head"):
+        fully_shard(inner.get_submodule(part), mesh=mesh)
+    fully_shard(inner, mesh=mesh)
+    x = X[SHARES[rank]].clone().requires_grad_()
+    x.register_hook(fails)
+    with pytest.raises(ArithmeticError):
+        GradCAM("features")(inner, x).heatmap.square().sum().backward()
+    inner.reset_iter_state()
+    return train(rank, inner, inner, cross_entropy)
+
+
+def fails(gradient):
+    raise ArithmeticError
+
+
+def cross_entropy(model, share):
+    return F.cross_entropy(model(X[share]), Y[share])
 
 
 def unequal(rank, **options):
@@ -310,6 +337,8 @@ def work(rank):
                 for name, loop in SHARDED_LOOPS.items()
             }
         results["gathered meanwhile"] = gathered_meanwhile(rank, world)
+        if hasattr(FSDPModule, "reset_iter_state"):
+            results["after an error"] = after_an_error(rank, world)
         accumulated = SHARDED_LOOPS[ACCUMULATED]
         results["accumulated"] = sharded(rank, world, accumulated, network(), parts, reshard=True, accumulate=True)
         results["sharded models"] = {
@@ -388,8 +417,17 @@ def test_a_sharded_model_accumulates_gradients(results, world):
 @needs_sharding
 def test_only_weights_above_the_layer_stay_gathered_until_the_backward_is_over(results, world):
     for result in results(world):
-        expected = {"ordered": True, "late": [(True, False)], "after": (True, True)}
+        expected = {"ordered": True, "late": [(True, False)], "after": 3 * [(True, True)]}
         assert result["gathered meanwhile"] == expected
+
+
+@worlds
+@needs_sharding
+def test_a_step_after_one_that_failed_is_that_of_one_process(results, world):
+    expected = trained_alone(network(), cross_entropy, world)
+    for result in results(world):
+        if "after an error" in result:  # older versions of torch cannot go on
+            torch.testing.assert_close(result["after an error"], expected)
 
 
 @worlds

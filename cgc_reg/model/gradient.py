@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ def score_gradients(
         score = scores.sum() * scale
         if not score.requires_grad:
             return [None] * len(activations)
-        with through_shards(model, trains=create_graph) as hold:
+        # What is only measured goes as FSDP has it.
+        shards = through_shards(model, trains=True) if create_graph else nullcontext(lambda tensor: tensor)
+        with shards as hold:
             gradients = torch.autograd.grad(score, activations, create_graph=create_graph, allow_unused=True)
         return [None if gradient is None else hold(at_least_float32(gradient) / scale) for gradient in gradients]

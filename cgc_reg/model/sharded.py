@@ -33,9 +33,10 @@ def through_shards(model: nn.Module, *, trains: bool) -> Iterator[Callable[[Tens
 
     Args:
         model: wrapped or not.
-        trains: whether the inner gradient is to be differentiated again; if not, all is as FSDP has it.
+        trains: whether the inner gradient is to be differentiated again; if not, the weights that it went through are
+            freed when the context ends.
     """
-    states = _states(model) if trains else []
+    states = _states(model)
     groups = [group for state in states for group in _groups(state)]
     used: dict[Any, None] = {}  # in order, each once
 
@@ -45,7 +46,8 @@ def through_shards(model: nn.Module, *, trains: bool) -> Iterator[Callable[[Tens
 
     def hold(tensor: Tensor) -> Tensor:
         if used and tensor.requires_grad:
-            tensor.register_hook(partial(_hold, states[0], list(used)))  # type: ignore[no-untyped-call]
+            hook = partial(_hold, states[0], list(used))
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]  # torch gives it no types
         return tensor
 
     with ExitStack() as stack:
@@ -54,20 +56,36 @@ def through_shards(model: nn.Module, *, trains: bool) -> Iterator[Callable[[Tens
         if states:  # which also keeps the order in which weights are gathered ahead
             stack.enter_context(attribute(states[0]._state_ctx, "is_last_backward", False))
         yield hold
+    if not trains:
+        for group in used:
+            group.reshard()
 
 
 def _hold(state: Any, groups: list[Any], gradient: Tensor) -> None:
     """Gather groups of weights, and keep them until the backward that goes on is over."""
-    for group in groups:
-        group.pre_backward(False)
-        group.post_backward = lambda *unused: None
+    backward = torch._C._current_graph_task_id()
 
-    def release() -> None:
+    def begin(group: Any, *args: Any) -> None:
+        if torch._C._current_graph_task_id() != backward:  # an error ended it, whose gradients nobody wants
+            release(group)
+            for parameter in group.fsdp_params:
+                parameter.unsharded_param.grad = None
+        type(group).pre_backward(group, *args)
+
+    def release(group: Any) -> None:
+        for name in ("pre_backward", "post_backward"):
+            vars(group).pop(name, None)  # which another heatmap of this step may have done
+
+    def end() -> None:
         for group in groups:
-            vars(group).pop("post_backward", None)  # which another heatmap of this step may have done
+            release(group)
         state._root_post_backward_final_callback()
 
-    torch.autograd.Variable._execution_engine.queue_callback(release)
+    for group in groups:
+        group.pre_backward(False)
+        group.pre_backward = partial(begin, group)
+        group.post_backward = lambda *unused: None
+    torch.autograd.Variable._execution_engine.queue_callback(end)
 
 
 @contextmanager
