@@ -101,11 +101,12 @@ def check_range(name: str, value: object, low: float = -math.inf, high: float = 
     return minimum, maximum
 
 
+AXES = {1: "length", 2: "h, w", 3: "d, h, w"}  # of a heatmap, by the number of spatial dimensions
 SIZES = {
     1: "one positive integer (length,)",
     2: "two positive integers (height, width)",
     3: "three positive integers (depth, height, width)",
-}  # by the number of spatial dimensions
+}
 
 
 def check_size(name: str, value: object, *, dims: int | None = 2) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from cgc_reg._checks import check_size, describe
+from cgc_reg._checks import AXES, check_size, describe
 from cgc_reg._enlarge import enlarge
 from cgc_reg._precision import at_least_float32
 
@@ -33,8 +33,7 @@ def object_masks(
     if boxes is not None:
         return box_masks(stacked_boxes(boxes, heatmaps), check_size("image_size", image_size, dims=dims))
     if not isinstance(masks, Tensor) or masks.ndim != dims + 1 or len(masks) != n:
-        sides = ("length", "H, W", "D, H, W")[dims - 1]
-        raise ValueError(f"`masks` must be of shape ({n}, {sides}); got {describe(masks)}.")
+        raise ValueError(f"`masks` must be of shape ({n}, {AXES[dims].title()}); got {describe(masks)}.")
     if image_size is not None:
         raise ValueError(
             f"`image_size` must be given with `boxes` alone; got {describe(image_size)} with masks. Leave it out."

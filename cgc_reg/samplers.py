@@ -106,7 +106,7 @@ class RandomResizedCropFlip:
         """
         start, size = self.sample_boxes(batch_size, image_size, device=device, generator=generator)
         dims, chances = start.shape[1], self._flip_chances()
-        if len(chances) not in (1, dims):
+        if len(chances) != dims and not is_number(self.flip_p):
             raise ValueError(
                 f"`flip_p` must be a number, or one for each of the {dims} axes; got {describe(self.flip_p)}."
             )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgc_reg._checks import check_size, describe
+from cgc_reg._checks import AXES, check_size, describe
 from cgc_reg._precision import at_least_float32, without_autocast
 
 
@@ -241,7 +241,8 @@ class SpatialTransform:
         dims = self.dims
         if not isinstance(x, Tensor) or x.ndim not in (dims + 1, dims + 2):
             raise ValueError(
-                f"`x` must be {_KINDS[dims]}, for thetas of shape (n, {dims}, {dims + 1}); got {describe(x)}."
+                f"`x` must be images (n, c, {AXES[dims]}) or heatmaps (n, {AXES[dims]}), for thetas of shape "
+                f"(n, {dims}, {dims + 1}); got {describe(x)}."
             )
         if not x.is_floating_point():
             raise TypeError(f"`x` must be floating point; got {describe(x)}. Convert with `.float()`.")
@@ -274,13 +275,6 @@ class SpatialTransform:
         # On a grid of two pixels a side, the input reaches from -0.5 to 1.5.
         inside = [(p - 0.5).abs() <= 1 for p in _source_pixels(self.theta, [2] * self.dims, size)]
         return reduce(torch.logical_and, inside).to(self.theta.dtype)
-
-
-_KINDS = {
-    1: "signals (n, c, length) or heatmaps (n, length)",
-    2: "images (n, c, h, w) or heatmaps (n, h, w)",
-    3: "volumes (n, c, d, h, w) or heatmaps (n, d, h, w)",
-}  # by the number of spatial dimensions
 
 
 def _by_side(operation: Callable[..., Tensor], x: Tensor, sides: Sequence[float]) -> Tensor:

@@ -259,6 +259,7 @@ def test_a_rotation_is_one_in_space(size, seed, data):
         (lambda: RandomAffine(0, spacing=(1.0, 1.0)).sample(1, (8, 8, 8)), r"`spacing` must be as long as .*, 3"),
         (lambda: RandomAffine(0, spacing=(1.0, 0.0)), r"`spacing` must be a positive number for each axis"),
         (lambda: RandomResizedCropFlip(flip_p=(0.5, 0.5)).sample(1, (8, 8, 8)), r"one for each of the 3 axes; got"),
+        (lambda: RandomResizedCropFlip(flip_p=(0.5,)).sample(1, (8, 8)), r"one for each of the 2 axes; got \(0.5,\)"),
         (lambda: RandomFlip(depth=2.0), r"`depth` must be a probability"),
         (lambda: RandomFlip().sample(1, (8, 8, 8, 8)), r"`image_size` must be one positive .* three .* got"),
     ],

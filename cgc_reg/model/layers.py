@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from cgc_reg._checks import describe
+from cgc_reg._checks import AXES, describe
 from cgc_reg.model.replica import is_same
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of one, two and three spatial dimensions
-SHAPES = {1: "(n, c, length)", 2: "(n, c, h, w)", 3: "(n, c, d, h, w)"}  # of maps, by the number of spatial dimensions
+SHAPES = {dims: f"(n, c, {axes})" for dims, axes in AXES.items()}  # of maps, by the number of spatial dimensions
 
 
 def check_dimensions(model: nn.Module, x: Tensor) -> None:
