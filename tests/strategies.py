@@ -73,6 +73,16 @@ def affine_maps(draw, count=batch_sizes, **limits):
 
 
 @st.composite
+def maps_of(draw, dims, n=3, shift=0.6):
+    """Maps of so many dimensions in float64, never singular: products of stretches, slants and mirrors, and shifts."""
+    lower = torch.eye(dims).repeat(n, 1, 1) + noise(draw(seeds), n, dims, dims).sub(0.5).tril(-1)
+    upper = torch.diag_embed(noise(draw(seeds), n, dims) + 0.4) + noise(draw(seeds), n, dims, dims).sub(0.5).triu(1)
+    mirror = torch.tensor(draw(st.lists(st.sampled_from([-1.0, 1.0]), min_size=dims, max_size=dims)))
+    linear = (lower.double() @ upper) * mirror
+    return SpatialTransform(torch.cat([linear, shift * noise(draw(seeds), n, dims, 1).mul(2).sub(1)], dim=2))
+
+
+@st.composite
 def boxes(draw, image_size):
     """(top, left, height, width) in whole pixels, inside the image."""
     height, width = draw(st.integers(1, image_size[0])), draw(st.integers(1, image_size[1]))

@@ -46,6 +46,17 @@ def test_benchmark_compares_a_row_with_the_one_it_goes_beside(capsys):
     assert lines[-1][3] == "cross-entropy on three views"
 
 
+def test_benchmark_measures_clips(capsys):
+    clips = ["--model", "r3d_18", "--frames", "4", "--image-size", "32"]
+    benchmark.main([*SMALL_BENCHMARK, *clips, "--tables", "steps", "--no-memory", "--rows", "`reg.compute`"])
+    printed = capsys.readouterr().out
+    assert "r3d_18, 4 x 32 x 32, batch 4" in printed
+    assert "| `reg.compute` |" in printed
+    with pytest.raises(SystemExit):
+        benchmark.main([*SMALL_BENCHMARK, *clips])
+    assert "--frames must go with --tables steps" in capsys.readouterr().err
+
+
 def test_benchmark_takes_memory_from_a_process_of_its_own():
     args = benchmark.parse_args(SMALL_BENCHMARK)
     parts = json.dumps({**benchmark.sizes_of(args), "batch_size": 2})

@@ -310,6 +310,26 @@ def cross_entropy(model, share):
     return F.cross_entropy(model(X[share]), Y[share])
 
 
+VOLUMES = torch.randn(len(X), 2, 4, 6, 8, generator=generator(2), dtype=torch.float64)
+T_OF_VOLUMES = RandomResizedCropFlip().sample(len(X), VOLUMES.shape[2:], generator=generator(3))
+
+
+def volume_net():
+    torch.manual_seed(0)
+    layers = nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 5)
+    return nn.Sequential(*layers).double()
+
+
+def volume_step(model, share, **options):
+    out = CGCRegularizer("1", transform=Prepared(T_OF_VOLUMES[share]), **options).compute(model, VOLUMES[share])
+    return F.cross_entropy(out.logits, Y[share]) + out.loss
+
+
+def volumes_ddp(rank):
+    inner = volume_net()
+    return train(rank, DistributedDataParallel(inner), inner, volume_step, gather_distributed=True)
+
+
 def unequal(rank, **options):
     share = slice(0, BATCH + (rank == 0))
     try:
@@ -327,6 +347,7 @@ def work(rank):
         results["compiled below"] = [
             (compiled_below_ddp(rank, each), compiled_below_ddp(rank, each, False)) for each in WRAPPERS
         ]
+    results["volumes"] = volumes_ddp(rank)
     results["unequal"] = unequal(rank)
     parts = ["features.0", "head"]
     if SHARDING:
@@ -388,6 +409,14 @@ def trained_alone(model, loop, world, backwards=1):
             loop(model, slice(0, BATCH * world)).backward()
         optimizer.step()
     return dict(model.named_parameters())
+
+
+@worlds
+def test_volumes_train_as_in_one_process_with_the_whole_batch(results, world):
+    expected = trained_alone(volume_net(), volume_step, world)
+    for result in results(world):
+        assert "error" not in result["volumes"], result["volumes"]["error"]
+        torch.testing.assert_close(result["volumes"], expected, rtol=1e-9, atol=1e-12)
 
 
 needs_sharding = pytest.mark.skipif(not SHARDING, reason="FSDP2 runs on CPUs from torch 2.7 on")

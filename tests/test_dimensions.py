@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import generator, laws, noise, seeds, spaces, uniform
+from strategies import generator, laws, maps_of, noise, seeds, spaces, uniform
 
 from cgc_reg import Compose, RandomAffine, RandomFlip, RandomResizedCropFlip, SpatialTransform
 from cgc_reg.transforms import _gather_linear, _grid_sample
@@ -16,16 +16,6 @@ from cgc_reg.transforms import _gather_linear, _grid_sample
 ROUNDING = 1e-10  # of positions on at most some ten pixels, in float64, and of values that change by 1 between two
 
 kinds = pytest.mark.parametrize("channels", [(), (2,)], ids=["heatmaps", "images"])
-
-
-@st.composite
-def maps_of(draw, dims, n=3, shift=0.6):
-    """Maps in float64, never singular: a product of stretches, slants and mirrors, and a shift."""
-    lower = torch.eye(dims).repeat(n, 1, 1) + noise(draw(seeds), n, dims, dims).sub(0.5).tril(-1)
-    upper = torch.diag_embed(noise(draw(seeds), n, dims) + 0.4) + noise(draw(seeds), n, dims, dims).sub(0.5).triu(1)
-    mirror = torch.tensor(draw(st.lists(st.sampled_from([-1.0, 1.0]), min_size=dims, max_size=dims)))
-    linear = (lower.double() @ upper) * mirror
-    return SpatialTransform(torch.cat([linear, shift * noise(draw(seeds), n, dims, 1).mul(2).sub(1)], dim=2))
 
 
 def centres(size):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import affine_maps, laws, noise, seeds, sizes
+from strategies import affine_maps, laws, maps_of, noise, seeds, sizes
 
 from cgc_reg import SpatialTransform
 
@@ -37,6 +37,20 @@ def test_a_warp_of_a_matrix_is_kornias_where_both_see_the_image(seed, size, outp
     inside = kornias(torch.ones_like(x), matrix, output_size, align_corners) > 1 - 1e-9  # it fills with zeros
     ours = SpatialTransform.from_matrix(matrix, size, output_size)(x, output_size)
     theirs = kornias(x, matrix, output_size, align_corners)
+    torch.testing.assert_close(ours[inside], theirs[inside], rtol=0, atol=1e-9)
+
+
+volumes = st.tuples(*[st.integers(2, 8)] * 3)
+
+
+@laws
+@given(seed=seeds, size=volumes, output_size=volumes, t=maps_of(3, shift=0.3))
+def test_a_warp_of_a_volume_is_kornias_where_both_see_the_volume(seed, size, output_size, t):
+    x, matrix = noise(seed, len(t), 2, *size), t.matrix(size, output_size)
+    warp = kornia.geometry.transform.warp_affine3d
+    ones, theirs = (warp(each, matrix[:, :3], output_size) for each in (torch.ones_like(x), x))
+    inside = ones > 1 - 1e-9  # it fills with zeros
+    ours = SpatialTransform.from_matrix(matrix, size, output_size)(x, output_size)
     torch.testing.assert_close(ours[inside], theirs[inside], rtol=0, atol=1e-9)
 
 

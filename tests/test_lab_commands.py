@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lab import __main__ as command_line
-from lab import explanations, image_data, jobs, summarize, teacher, visualize
+from lab import dimensions, explanations, image_data, jobs, summarize, teacher, visualize
 from lab import train as lab_train
 from tests.tiny import TINY, history, write_images
 
@@ -152,6 +152,16 @@ def test_students_learn_from_one_teacher_with_and_without_its_heatmaps(tmp_path,
     values = [[float(cell.split()[0]) for cell in row.split("|")[2:-1]] for row in (without, with_heatmaps, difference)]
     assert len(weights) == 2
     assert values[1][1] > values[0][1]  # of what it is trained for
+    assert values[2] == pytest.approx([b - a for a, b in zip(*values[:2], strict=True)], abs=2e-3)
+
+
+def test_recipes_of_other_dimensions_are_put_side_by_side(capsys):
+    dimensions.main(["--recipes", "signals", "--seeds", "0", "1", "--images", "256"])
+    *_, title, _, header, _, without, with_cgc, difference = capsys.readouterr().out.strip().splitlines()
+    assert title == "signals"
+    assert header == "| training | accuracy | CGC loss | margin | content heatmap | object coverage |"
+    values = [[float(cell.split()[0]) for cell in row.split("|")[2:-1]] for row in (without, with_cgc, difference)]
+    assert values[1][1] < values[0][1]  # of what it is trained for
     assert values[2] == pytest.approx([b - a for a, b in zip(*values[:2], strict=True)], abs=2e-3)
 
 

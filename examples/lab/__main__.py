@@ -12,6 +12,7 @@ COMMANDS = {
     "study": "make the trainings of a study, each once, and report them",
     "explanations": "train with CGC on each explanation, and measure what becomes of its own CGC loss",
     "teacher": "let a small student follow a teacher's predictions, and its heatmaps too",
+    "dimensions": "train the recipes for volumes, clips and signals with CGC and without it",
     "summarize": "print mean and range over several runs of train --compare",
     "benchmark": "measure what a training step with CGC costs",
     "notebook": "run the notebook of this folder from top to bottom",

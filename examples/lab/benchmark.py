@@ -39,6 +39,7 @@ from lab.benchmark_rows import (
     make_parts,
     make_rows,
     make_transforms,
+    size_of_images,
 )
 from lab.benchmark_timing import Seconds, Work, measure, measure_memory
 from lab.jobs import lab_command, lab_environment
@@ -52,7 +53,8 @@ GROWTH = {
     "heatmap_size": (4, 7, 14, 28, 56),
 }
 PROCESSES = (1, 2, 4)
-MODEL_OPTIONS = ("model", "layer", "batch_size", "image_size", "device", "compile", "amp")  # what the rows depend on
+# What the rows depend on.
+MODEL_OPTIONS = ("model", "layer", "batch_size", "image_size", "frames", "device", "compile", "amp")
 
 
 def memory_of(args: argparse.Namespace, what: str) -> float:
@@ -177,9 +179,10 @@ def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
 def describe(args: argparse.Namespace) -> dict[str, str]:
     """Say what was measured, on what."""
     gpu = torch.device(args.device).type == "cuda"
+    size = " x ".join(map(str, size_of_images(args, args.image_size)))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
-        "setting": f"{args.model}, {args.image_size} x {args.image_size}, batch {args.batch_size}",
+        "setting": f"{args.model}, {size}, batch {args.batch_size}",
         "machine": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -194,6 +197,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layer", default="layer4")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--frames", type=int, help="of a clip, for a video model; the steps alone are measured")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument(
@@ -209,6 +213,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2, to show a spread; got {args.repeats}.")
+    if args.frames is not None and args.memory_of is None and list(args.tables) != ["steps"]:
+        parser.error("--frames must go with --tables steps; the other tables are of images.")
     return args
 
 

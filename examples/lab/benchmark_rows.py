@@ -59,13 +59,18 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     return torchvision.models.get_model(args.model, weights=None, num_classes=10).to(args.device)
 
 
+def size_of_images(args: argparse.Namespace, side: int) -> tuple[int, ...]:
+    """Return (side, side), or that of clips."""
+    return (side, side) if args.frames is None else (args.frames, side, side)
+
+
 class Steps:
     """Training steps on one model and one batch of random images."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module) -> None:
         self.layer, self.model, self.device = args.layer, model, torch.device(args.device)
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-        self.x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=self.device)
+        self.x = torch.rand(args.batch_size, 3, *size_of_images(args, args.image_size), device=self.device)
         self.y = torch.randint(10, (args.batch_size,), device=self.device)
 
     def step(
@@ -149,7 +154,7 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
     steps = Steps(args, model)
     one, full = steps.plain(1), steps.compute()
     side = 32 * max(2, round(0.6 * args.image_size / 32))  # a whole number of the heatmap's cells, in most CNNs
-    small = (side, side)
+    small = size_of_images(args, side)
     rows = {
         ALONE: Row(one, ALONE),
         HEATMAP: Row(steps.heatmap(), ALONE),
@@ -164,13 +169,14 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
             if g is not GradCAM
         },
         f'{COMPUTE}, `weighting="confidence"`': Row(steps.compute(weighting="confidence")),
-        "the authors' recipe": Row(steps.authors(), THREE_VIEWS),
         f"{COMPUTE}, views of {side} x {side}": Row(steps.compute(view_size=small), ALONE),
         f"{COMPUTE}, `detach_key`": Row(steps.compute(detach_key=True), ALONE),
         f"{COMPUTE}, both of these": Row(steps.compute(view_size=small, detach_key=True), ALONE),
         f"{COMPUTE} on half of the batch": Row(steps.compute(share=0.5), ALONE),
         f"{COMPUTE} in every third step": Row(lambda: (full(), one(), one()), ALONE, steps=3),
     }
+    if args.frames is None:
+        rows["the authors' recipe"] = Row(steps.authors(), THREE_VIEWS)
     if args.amp:
         both = f"bfloat16: {BOTH_VIEWS}"
         rows |= {both: Row(steps.plain(2, amp=True), both), BFLOAT16: Row(steps.compute(amp=True), both)}
@@ -202,7 +208,7 @@ def make_compiled_rows(steps: Steps) -> dict[str, Row]:
 
 
 def draw(x: Tensor) -> Callable[[Tensor], Tensor]:
-    return SAMPLER.sample(len(x), (x.shape[2], x.shape[3]), device=x.device)
+    return SAMPLER.sample(len(x), tuple(x.shape[2:]), device=x.device)
 
 
 def authors_loss(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> Tensor:

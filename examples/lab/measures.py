@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgc_reg import CGCRegularizer, Consistency, Explainer, content_heatmap, object_coverage, pointing_game
+from cgc_reg import (
+    CGCRegularizer,
+    Consistency,
+    Explainer,
+    TransformSampler,
+    content_heatmap,
+    object_coverage,
+    pointing_game,
+)
 from lab import processes
 
 TOLERANCE = 15 / 224  # of the pointing game, as a share of the image's side
@@ -25,6 +33,7 @@ def measure_model(
     classes: int,
     group: int,
     device: str,
+    transform: TransformSampler | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
     """Measure accuracy and heatmaps; with one order of images the views are the same each time.
@@ -36,12 +45,13 @@ def measure_model(
         classes: their number.
         group: the contrastive loss depends on the number of negatives; it is taken over groups of this size.
         device: of the model.
+        transform: draws the views; that of CGC's defaults if None.
         autocast: makes the precision to run in.
     """
     model.eval()
     generator = torch.Generator().manual_seed(processes.rank())
     # For the pairs alone: a loss without negatives takes a last batch of one image too.
-    reg = CGCRegularizer(explainer, loss="mse_consistency", generator=generator)
+    reg = CGCRegularizer(explainer, transform=transform, loss="mse_consistency", generator=generator)
     total, recall, pairs = Mean(), Recall(classes, device), Consistency(batch_size=group)
     for x, y, *mask in batches:
         x, y = x.to(device), y.to(device)

@@ -16,9 +16,10 @@ from cgc_reg import CGCRegularizer, RandomAffine, content_heatmap, energy_loss, 
 
 SIZE = (16, 32, 32)  # slices, rows and columns: the slices are thick
 SPACING = (2.0, 1.0, 1.0)  # millimetres along each
+T = RandomAffine(20, scale=(0.9, 1.2), spacing=SPACING)  # CGC - turns in space
 
 
-def toy_volumes(count: int) -> TensorDataset:
+def toy_data(count: int) -> TensorDataset:
     """Make volumes of noise with one lesion: a ball, which is class 0, or a shell, which is class 1."""
     y = torch.arange(count) % 2
     axes = [unit * torch.arange(n) for unit, n in zip(SPACING, SIZE, strict=True)]
@@ -32,9 +33,9 @@ def toy_volumes(count: int) -> TensorDataset:
 
 
 def small_net() -> nn.Sequential:
-    """Return three convolutions to a grid of 4 x 8 x 8, global average pooling and a linear head."""
+    """Return three convolutions to a grid of 8 x 8 x 8, global average pooling and a linear head."""
     layers: list[nn.Module] = []
-    for before, channels, stride in ((1, 16, 2), (16, 32, 2), (32, 64, 1)):
+    for before, channels, stride in ((1, 16, (1, 2, 2)), (16, 32, 2), (32, 64, 1)):
         convolution = nn.Conv3d(before, channels, 3, stride=stride, padding=1, bias=False)
         layers.append(nn.Sequential(convolution, nn.BatchNorm3d(channels), nn.ReLU()))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 2))
@@ -42,8 +43,8 @@ def small_net() -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], device: torch.device) -> float:
-    right = sum((model(x.to(device)).argmax(dim=1) == y.to(device)).sum().item() for x, y, _ in loader)
-    return right / len(loader.dataset)  # type: ignore[arg-type]
+    right = [model(x.to(device)).argmax(dim=1).eq(y.to(device)) for x, y, _ in loader]
+    return torch.cat(right).float().mean().item()
 
 
 def main(
@@ -51,15 +52,16 @@ def main(
     epochs: int = 6,
     batch_size: int = 32,
     lam: float = 0.5,  # CGC
+    mu: float = 0.5,  # CGC - of the guidance
 ) -> nn.Module:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = DataLoader(toy_volumes(images), batch_size, shuffle=True, drop_last=True)
-    validation = DataLoader(toy_volumes(images // 2), batch_size)
+    loader = DataLoader(toy_data(images), batch_size, shuffle=True, drop_last=True)
+    validation = DataLoader(toy_data(images // 2), batch_size)
     model = small_net().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * len(loader))
     generator = torch.Generator(device).manual_seed(0)  # CGC
-    turns = RandomAffine(20, scale=(0.9, 1.2), spacing=SPACING)  # CGC
-    reg = CGCRegularizer("2", transform=turns, weighting="confidence", generator=generator)  # CGC
+    reg = CGCRegularizer("2", transform=T, weighting="confidence", generator=generator)  # CGC
 
     for epoch in range(epochs):
         model.train()
@@ -68,10 +70,11 @@ def main(
             output = reg.compute(model, x)  # CGC, was: logits = model(x)
             logits = output.logits  # CGC
             loss = F.cross_entropy(logits, y)
-            loss = loss + lam * (output.loss + energy_loss(output.heatmap, masks))  # CGC
+            loss = loss + lam * output.loss + mu * energy_loss(output.heatmap, masks)  # CGC
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
 
         model.eval()
         print(f"epoch {epoch}: accuracy {accuracy(model, validation, device):.3f}")
