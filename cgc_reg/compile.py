@@ -45,7 +45,8 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
     PyTorch has no second derivative of a compiled graph, and heatmaps that are trained on need one from the layer's
     output on. Everything before is differentiated once and may be compiled: in passes for heatmaps, of each explainer
     of one layer, these parts stay so. They are as few and as large as can be: the children of the modules that hold
-    the layer, and the layer itself. What is around them, and the head, runs as written.
+    the layer, and the layer itself, where they multiply matrices or convolve. What is around them, such as a norm on
+    its own, and the head, runs as written.
 
     The model itself changes: ``model(x)`` runs these parts compiled too. Parameters, buffers and the keys of a
     ``state_dict`` stay what they are. A copy of the model, or one from a file, runs as written, since compiled code
@@ -68,7 +69,7 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
         >>> model, x = torchvision.models.resnet18(num_classes=10), torch.rand(2, 3, 64, 64)
         >>> parts = compile_below(model, x, "layer4", backend="eager")
         >>> parts
-        CompiledParts(conv1, bn1, layer1, layer2, layer3, layer4)
+        CompiledParts(conv1, layer1, layer2, layer3, layer4)
         >>> heatmap = GradCAM("layer4")(model, x).heatmap
         >>> parts.remove()
     """
@@ -113,11 +114,14 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
 
 
 def _largest(model: nn.Module, around: Collection[nn.Module], finished: dict[nn.Module, bool]) -> Iterable[nn.Module]:
-    """Give the outermost modules that have parameters and run before the layer's output is there, but not around it."""
+    """Give the outermost modules with a product inside that run before the layer's output is there, but not around it.
+
+    A norm or an activation on its own is one kernel as written too, and each part's borders cost a change of layout.
+    """
     for child in model.children():
         if child in around or child not in finished:
             yield from _largest(child, around, finished)
-        elif finished[child] and any(True for _ in child.parameters()):
+        elif finished[child] and any(weight.ndim > 1 for weight in child.parameters()):
             yield child
 
 

@@ -281,11 +281,11 @@ def test_an_explainer_of_all_layers_runs_all_as_written():
 def test_the_parts_are_the_largest_that_end_with_the_layer():
     model = torchvision.models.resnet18(num_classes=5)
     parts = compile_below(model, torch.rand(2, 3, 64, 64), "layer3", backend="eager")
-    assert parts.names == ["conv1", "bn1", "layer1", "layer2", "layer3"]
-    assert repr(parts) == "CompiledParts(conv1, bn1, layer1, layer2, layer3)"
+    assert parts.names == ["conv1", "layer1", "layer2", "layer3"]
+    assert repr(parts) == "CompiledParts(conv1, layer1, layer2, layer3)"
     parts.remove()
     inside = compile_below(model, torch.rand(2, 3, 64, 64), model.layer3[0], backend="eager")
-    assert inside.names == ["conv1", "bn1", "layer1", "layer2", "layer3.0"]
+    assert inside.names == ["conv1", "layer1", "layer2", "layer3.0"]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")

@@ -54,7 +54,7 @@ GROWTH = {
 }
 PROCESSES = (1, 2, 4)
 # What the rows depend on.
-MODEL_OPTIONS = ("model", "layer", "batch_size", "image_size", "frames", "device", "compile", "amp")
+MODEL_OPTIONS = ("model", "layer", "batch_size", "image_size", "frames", "channels_last", "device", "compile", "amp")
 
 
 def memory_of(args: argparse.Namespace, what: str) -> float:
@@ -198,6 +198,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--frames", type=int, help="of a clip, for a video model; the steps alone are measured")
+    parser.add_argument("--channels-last", action="store_true", help="have model and images in this memory format")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument(

@@ -56,12 +56,19 @@ class Row:
 
 def make_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    return torchvision.models.get_model(args.model, weights=None, num_classes=10).to(args.device)
+    model = torchvision.models.get_model(args.model, weights=None, num_classes=10)
+    return model.to(args.device, memory_format=memory_format(args))
 
 
 def size_of_images(args: argparse.Namespace, side: int) -> tuple[int, ...]:
     """Return (side, side), or that of clips."""
     return (side, side) if args.frames is None else (args.frames, side, side)
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    if not args.channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if args.frames is None else torch.channels_last_3d
 
 
 class Steps:
@@ -70,7 +77,8 @@ class Steps:
     def __init__(self, args: argparse.Namespace, model: nn.Module) -> None:
         self.layer, self.model, self.device = args.layer, model, torch.device(args.device)
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-        self.x = torch.rand(args.batch_size, 3, *size_of_images(args, args.image_size), device=self.device)
+        x = torch.rand(args.batch_size, 3, *size_of_images(args, args.image_size), device=self.device)
+        self.x = x.contiguous(memory_format=memory_format(args))
         self.y = torch.randint(10, (args.batch_size,), device=self.device)
 
     def step(
