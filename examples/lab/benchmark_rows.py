@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -189,29 +190,30 @@ def make_rows(args: argparse.Namespace, model: nn.Module) -> dict[str, Row]:
         both = f"bfloat16: {BOTH_VIEWS}"
         rows |= {both: Row(steps.plain(2, amp=True), both), BFLOAT16: Row(steps.compute(amp=True), both)}
     if args.compile:
-        rows |= make_compiled_rows(steps)
+        rows |= make_compiled_rows(steps, amp=args.amp)
     if dist.is_initialized():
         rows[GATHERED] = Row(steps.compute(gather_distributed=True))
     return rows
 
 
-def make_compiled_rows(steps: Steps) -> dict[str, Row]:
+def make_compiled_rows(steps: Steps, *, amp: bool) -> dict[str, Row]:
     """Return the steps of a compiled model."""
-    both = f"compiled: {BOTH_VIEWS}"
-    plain = steps.plain(2, torch.compile(steps.model))
+    how = "compiled, bfloat16" if amp else "compiled"
+    both = f"{how}: {BOTH_VIEWS}"
+    plain = steps.plain(2, torch.compile(steps.model), amp=amp)
     # A class of its own: the compiler would take the graph of the row above for this one, whose layer is watched.
     other = copy.deepcopy(steps.model)
     other.__class__ = type("Exposed", (type(steps.model),), {})
     exposed = torch.compile(expose_layer(other, steps.layer))
     own = torch.optim.SGD(other.parameters(), 1e-3, momentum=0.9)
-    compute = steps.compute(exposed, explainer=CAM, optimizer=own)
-    rows = {both: Row(plain, both), f"compiled: {COMPUTE}, layer exposed": Row(compute, both)}
+    compute = steps.compute(exposed, explainer=CAM, optimizer=own, amp=amp)
+    rows = {both: Row(plain, both), f"{how}: {COMPUTE}, layer exposed": Row(compute, both)}
     for g in (GradCAM, LayerCAM):
         model = copy.deepcopy(steps.model)
         compile_below(model, steps.x, steps.layer)
         own = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-        name = f"compiled: {COMPUTE}, `{g.__name__}`, `compile_below`"
-        rows[name] = Row(steps.compute(model, explainer=g, optimizer=own), both)
+        name = f"{how}: {COMPUTE}, `{g.__name__}`, `compile_below`"
+        rows[name] = Row(steps.compute(model, explainer=g, optimizer=own, amp=amp), both)
     return rows
 
 
@@ -305,9 +307,18 @@ def make_transforms(batch_size: int, device: str) -> dict[str, Work]:
     boxes = [
         torchvision.transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for image in images
     ]
-    return {
+    rows: dict[str, Work] = {
         "heatmaps of 7 x 7": lambda: transform(heatmaps),
         "heatmaps of 224 x 224, in a loop": lambda: [crop(m[None], b, 224) for m, b in zip(large, boxes, strict=True)],
         "images of 224 x 224": lambda: transform(images),
         "images of 224 x 224, bare `grid_sample`": lambda: F.grid_sample(images, grid, align_corners=False),
+        "images of 224 x 224, torchvision in a loop": lambda: [
+            crop(image, box, 224) for image, box in zip(images, boxes, strict=True)
+        ],
     }
+    if importlib.util.find_spec("kornia") is not None:
+        from kornia.augmentation import RandomResizedCrop
+
+        theirs = RandomResizedCrop((224, 224))
+        rows["images of 224 x 224, kornia, with its draw"] = lambda: theirs(images)
+    return rows
