@@ -31,19 +31,19 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
         model, x: as for calling it.
         target: of :func:`as_target`.
     """
+    trains = torch.is_grad_enabled()
     check_dimensions(unwrap(model), x)
     warn_if_compiled(model)
     warn_if_one_device(model)
     parallel = data_parallel(model)
     if parallel is None and not is_extra_pass():
         warn_if_wrapper_is_bypassed(unwrap(model))
-    if parallel is not None and parallel.static_graph and torch.is_grad_enabled():
+    if parallel is not None and parallel.static_graph and trains:
         raise RuntimeError(
             "The explainer must be one of one layer, such as GradCAM, under DistributedDataParallel with "
             f"`static_graph=True`; got {describe(explainer)}, whose inner gradient would pass for the end of the step. "
             "Leave out `static_graph=True`."
         )
-    trains = torch.is_grad_enabled()
     measuring = nullcontext() if trains else as_without_gradients()
     # Its inner gradient needs a graph, and what can be differentiated twice.
     with (

@@ -50,15 +50,18 @@ def through_shards(model: nn.Module, *, trains: bool) -> Iterator[Callable[[Tens
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]  # torch gives it no types
         return tensor
 
+    def free() -> None:
+        for group in used:
+            group.reshard()
+
     with ExitStack() as stack:
+        if not trains:
+            stack.callback(free)
         for group in groups:
             stack.enter_context(_no_end(group, note))
         if states:  # which also keeps the order in which weights are gathered ahead
             stack.enter_context(attribute(states[0]._state_ctx, "is_last_backward", False))
         yield hold
-    if not trains:
-        for group in used:
-            group.reshard()
 
 
 def _hold(state: Any, groups: list[Any], gradient: Tensor) -> None:
