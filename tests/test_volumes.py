@@ -360,6 +360,14 @@ def test_channels_last_of_signals_are_not_taken_for_maps():
         suggest_target_layer(model, x)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_one_image_without_its_batch_is_told_from_a_batch_of_fewer_dimensions(dims):
+    with pytest.raises(ValueError, match=r"as the convolutions of `model` take them; got .* Add .* with `x\[None\]`"):
+        GradCAM("features")(net(dims), images(dims)[0])
+    with pytest.raises(ValueError, match=r"as the convolutions of `model` take them; got a \w+ tensor of shape [^`]*$"):
+        GradCAM("features")(net(dims - 1), images(dims))
+
+
 def test_dimensions_that_do_not_fit_are_refused():
     model, x = net(3), images(3)
     with pytest.raises(ValueError, match=r"`transform` must hold one map of 3 dimensions for each .* got 4 of 2"):
