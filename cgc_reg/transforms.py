@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import permutations
@@ -177,9 +177,9 @@ class SpatialTransform:
 
         On pixels this is exact for flips alone: what a crop cut away does not come back, and resampling smooths.
         """
-        linear, shift = self.theta[:, :, :-1], self.theta[:, :, -1:]
+        linear, shift = self.theta.split([self.dims, 1], dim=2)
         adjugate = _adjugate(linear)
-        linear = adjugate / _determinant(linear, adjugate)[:, None, None]
+        linear = adjugate / _determinant(linear, adjugate).view(-1, 1, 1)
         return SpatialTransform(torch.cat([linear, -(linear * shift.mT).sum(dim=2, keepdim=True)], dim=2))
 
     def matrix(self, image_size: Sequence[int], output_size: Sequence[int] | None = None) -> Tensor:
@@ -256,7 +256,7 @@ class SpatialTransform:
         with without_autocast(x):
             wide = at_least_float32(x)
             if x.ndim == dims + 1:
-                return _gather_linear(wide[:, None], self.theta, size)[:, 0].to(x.dtype)
+                return _gather_linear(wide.unsqueeze(1), self.theta, size).squeeze(1).to(x.dtype)
             resample = _gather_linear if repeatable or len(x) == 0 else _grid_sample
             result = resample(wide, self.theta, size)
         channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
@@ -335,51 +335,44 @@ def _check_matrix(matrix: Tensor, size: Sequence[int]) -> None:
             )
 
 
-def _source_pixels(theta: Tensor, source: Sequence[int], size: Sequence[int]) -> list[Tensor]:
-    """Return the input position, in pixels, of every output pixel: x, y and z, as many as there are, each (n, *size).
+def _source_pixels(theta: Tensor, source: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the input position of every output pixel along each axis in turn, in pixels, (n, *size).
 
     Offsets from the centre are half-integers, so flips and the identity land on pixels exactly.
     """
-    dims = len(size)
-    offsets = []
-    for axis, n in reversed(list(enumerate(size))):
-        offset = torch.arange(n, device=theta.device, dtype=theta.dtype) + (0.5 - n / 2)
-        offsets.append(offset[(None, *[None] * axis, slice(None), *[None] * (dims - 1 - axis))])
-    positions = []
-    for row, extent in zip(theta.unbind(dim=1), reversed(source), strict=True):
-        *linear, shift = row[(..., *[None] * dims)].unbind(dim=1)
+    offsets = [
+        torch.arange(0.5 - n / 2, n / 2, device=theta.device, dtype=theta.dtype).view(n, *[1] * later)
+        for n, later in zip(size, reversed(range(len(size))), strict=True)
+    ]
+    rows = theta.view(*theta.shape, *[1] * len(size)).unbind(dim=1)
+    for row, extent in zip(reversed(rows), source, strict=True):
+        *linear, shift = row.unbind(dim=1)
         first, *others = (
-            a * (extent / n) * offset for a, n, offset in zip(linear, reversed(size), offsets, strict=True)
+            a * (extent / n) * offset for a, n, offset in zip(linear, reversed(size), reversed(offsets), strict=True)
         )
-        positions.append(sum(others, first) + (shift + 1) * (extent / 2) - 0.5)
-    return positions
+        yield sum(others, first) + (shift + 1) * (extent / 2) - 0.5
 
 
 def _gather_linear(x: Tensor, theta: Tensor, size: Sequence[int]) -> Tensor:
     """Interpolate between gathered neighbours; the backward repeats bit for bit where that is asked for."""
     n, c, *source = x.shape
     flat = x.flatten(2)
-    positions = _source_pixels(theta.to(x.dtype), source, size)
-    neighbours = []  # along each axis: the pixel before and its weight, the one behind and its weight
-    for axis, extent in enumerate(source):
-        position = positions.pop().clamp(0, extent - 1)
-        before = position.floor()
-        share = (position - before).flatten(1)[:, None]
-        before = before.long()
-        behind = (before + 1).clamp(max=extent - 1)
-        if axis < len(source) - 1:
-            stride = math.prod(source[axis + 1 :])
-            before, behind = before * stride, behind * stride
-        neighbours.append(((before, 1 - share), (behind, share)))
+    neighbours = []  # along each axis: the pixel before, the one behind, and the share of the latter
+    for axis, position in enumerate(_source_pixels(theta.to(x.dtype), source, size)):
+        stride, last = math.prod(source[axis + 1 :]), source[axis] - 1
+        position = position.flatten(1).unsqueeze(1).clamp(0, last)
+        before = position.long() * stride
+        neighbours.append((before, (before + stride).clamp(max=last * stride), position.frac()))
+    return _between(flat, neighbours).view(n, c, *size)
 
-    def between(*chosen: Tensor) -> Tensor:
-        """Interpolate along the axes whose pixel is not chosen yet."""
-        if len(chosen) == len(source):
-            return flat.gather(2, reduce(torch.add, chosen).flatten(1)[:, None].expand(-1, c, -1))
-        first, second = (between(*chosen, pixel) * weight for pixel, weight in neighbours[len(chosen)])
-        return first + second
 
-    return between().view(n, c, *size)
+def _between(flat: Tensor, neighbours: Sequence[tuple[Tensor, Tensor, Tensor]], *chosen: Tensor) -> Tensor:
+    """Interpolate along the axes whose pixel is not chosen yet."""
+    if len(chosen) == len(neighbours):
+        return flat.gather(2, reduce(torch.add, chosen).expand(-1, flat.shape[1], -1))
+    before, behind, share = neighbours[len(chosen)]
+    first = _between(flat, neighbours, *chosen, before) * (1 - share)
+    return first + _between(flat, neighbours, *chosen, behind) * share
 
 
 def _grid_sample(x: Tensor, theta: Tensor, size: Sequence[int]) -> Tensor:

@@ -990,6 +990,26 @@ def test_regularizer_keeps_neither_model_nor_tensors(layer, heatmap):
     assert [trace() for trace in traces] == [None] * len(traces)
 
 
+@pytest.mark.parametrize("heatmap", EXPLAINERS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["written", "compiled"])
+def test_a_step_leaves_nothing_to_the_garbage_collector(heatmap, compiled):
+    reg, model = regularizer(heatmap=heatmap), relu_net()
+    if compiled:
+        model.features.compile(backend="eager")
+
+    def step():
+        (reg.compute(model, X).loss + reg(model, X)).backward()
+
+    step()
+    gc.collect()
+    gc.disable()  # which comes late for the memory of a GPU
+    try:
+        step()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 def test_regularizer_has_nothing_to_train_or_save():
     reg = regularizer()
     reg(relu_net(), X)

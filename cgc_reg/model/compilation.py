@@ -91,18 +91,15 @@ def regions(model: nn.Module, target_layer: str | nn.Module | None) -> list[nn.M
     if target_layer is None or not is_compiled(model):
         return []
     _, layer = find_layer(unwrap(model), target_layer)
-    around = set(enclosing(model, layer))
-    found: dict[nn.Module, None] = {}  # in order, each once
+    return list(dict.fromkeys(_outermost(model, around=set(enclosing(model, layer)))))  # in order, each once
 
-    def walk(module: nn.Module) -> None:
-        if _is_compiled(module) and module not in around:
-            found[module] = None
-        else:
-            for child in module.children():
-                walk(child)
 
-    walk(model)
-    return list(found)
+def _outermost(module: nn.Module, around: set[nn.Module]) -> Iterator[nn.Module]:
+    if _is_compiled(module) and module not in around:
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child, around)
 
 
 @contextmanager
