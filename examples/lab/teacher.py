@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
-from cgc_reg import GradCAM, content_heatmap, mse_consistency
+from cgc_reg import GradCAM, RandomResizedCropFlip, content_heatmap, mse_consistency
 from lab import train
 from lab.checkpoint import load_checkpoint
 from lab.image_data import Data, load_shapes, share_of_each_class
@@ -31,6 +32,7 @@ TEACHER = (
     "--validate-every {epochs} --workers 0 --seed {seed} --out {out} --resume"
 )
 G = GradCAM("layer4")  # of teacher and student
+CROP = RandomResizedCropFlip((0.5, 1.0))  # both see the same view
 MEASURES = {
     "agreement": "predicts as its teacher",
     "similarity": "similarity of its heatmaps and the teacher's",
@@ -75,8 +77,9 @@ def taught(teacher: nn.Module, data: Data, args: argparse.Namespace, lam: float,
     student = SmallResNet(len(data.classes), args.width)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=args.student_epochs * len(loader) + 1)
-    for _ in range(args.student_epochs):
-        for x, *_ in loader:
+    for _ in tqdm(range(args.student_epochs), f"seed {seed}, heatmaps weigh {lam:g}", leave=False, disable=None):
+        for images, *_ in loader:
+            x = CROP.sample(len(images), tuple(images.shape[2:]))(images)
             with torch.no_grad():
                 shown = G(teacher, x)
             seen = G(student, x, target=shown.target)
