@@ -498,7 +498,7 @@ from the plain computation's gradient, relative to the largest value of that par
 parts that `compile_below` compiles, and the share of a pass's multiply-adds that is inside them: on larger images the
 head's share, which is outside, is smaller.
 
-torch {torch}, torchvision {torchvision}, timm {timm}, one thread of an {machine} CPU, {minutes:.0f} minutes of its time.
+torch {torch}, torchvision {torchvision}, timm {timm}, {minutes:.0f} minutes of one thread of an {machine} CPU.
 """
 
 
