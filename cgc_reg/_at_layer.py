@@ -17,7 +17,6 @@ from cgc_reg._targets import Target, as_target, target_of
 from cgc_reg.explanation import Explanation, in_its_graph
 from cgc_reg.model.extra import is_extra_pass
 from cgc_reg.model.given import ordinary, outside_inference_mode
-from cgc_reg.model.layers import check_dimensions
 from cgc_reg.model.passes import ForwardPass, forward_pass
 from cgc_reg.model.path import look_at_path
 from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
@@ -67,7 +66,6 @@ class AtLayer:
             RuntimeError: the layer was not called, or the heatmap would train nothing.
         """
         check_images("x", x)
-        check_dimensions(unwrap(model), x)
         with outside_inference_mode(), in_turn(model):
             target = as_target(ordinary(target), len(x), x.device)
             g = self.with_layer(model, x)

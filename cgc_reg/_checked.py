@@ -15,7 +15,7 @@ from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.compilation import uncompiled, warn_if_compiled
 from cgc_reg.model.extra import is_extra_pass
 from cgc_reg.model.given import ordinary
-from cgc_reg.model.layers import check_dimensions
+from cgc_reg.model.layers import telling_dimensions
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
 from cgc_reg.model.sharded import through_shards
@@ -32,7 +32,6 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
         target: of :func:`as_target`.
     """
     trains = torch.is_grad_enabled()
-    check_dimensions(unwrap(model), x)
     warn_if_compiled(model)
     warn_if_one_device(model)
     parallel = data_parallel(model)
@@ -48,6 +47,7 @@ def checked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | 
     # Its inner gradient needs a graph, and what can be differentiated twice.
     with (
         in_turn(model),
+        telling_dimensions(unwrap(model), x),
         measuring,
         torch.enable_grad(),
         uncompiled(model),

@@ -6,6 +6,7 @@ Only shapes, types and Python numbers are checked. Looking at the values inside 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def check_generator(name: str, value: object) -> None:
 
 
 def is_number(value: object) -> TypeIs[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_positive(name: str, value: object) -> None:

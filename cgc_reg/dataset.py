@@ -27,7 +27,8 @@ class ContrastiveTransforms:
             signal (c, length).
         transform: draws T; random resized crop and flip by default.
         value_transform: applied to the image and to the view, each alone: what changes colours and not places, such as
-            ``Normalize`` or ``ColorJitter``.
+            ``Normalize`` or ``ColorJitter``. torchvision's take the third dimension from the end for channels: for
+            volumes and signals pass a function such as ``lambda v: (v - mean) / std``.
         view_size: (H, W) of the view; as large as the image if None.
 
     PIL images are read as their viewer shows them, by `cgc_reg.images.as_shown`: grey ones have one channel, and all
@@ -79,13 +80,15 @@ class ContrastiveTransforms:
                 "`image` must be a PIL image, or a tensor (c, h, w), (c, d, h, w) of a volume or (c, length) of a "
                 f"signal; got {describe(image)}."
             )
-        if image.dtype in (torch.int32, torch.int64):
+        if image.dtype in (torch.int16, torch.int32, torch.int64):
             raise TypeError(
                 "`image` must hold pixels from 0 to the largest of their type, or floats from 0 to 1; got "
                 f"{describe(image)}, whose range is hardly full. Convert it, such as by `image.to(torch.uint8)` or "
                 "`image / 65535`."
             )
         image = TF.convert_image_dtype(image, torch.float32)
+        if self.view_size is not None:
+            check_size("view_size", self.view_size, dims=image.ndim - 1)
         transform = self.transform.sample(1, tuple(image.shape[1:]))
         view = transform(image[None], self.view_size)[0]
         if self.value_transform is not None:

@@ -33,7 +33,8 @@ def object_masks(
     if boxes is not None:
         return box_masks(stacked_boxes(boxes, heatmaps), check_size("image_size", image_size, dims=dims))
     if not isinstance(masks, Tensor) or masks.ndim != dims + 1 or len(masks) != n:
-        raise ValueError(f"`masks` must be of shape ({n}, {AXES[dims].title()}); got {describe(masks)}.")
+        repair = " Of heatmaps (n, 1, h, w) pass `heatmaps[:, 0]`." if heatmaps.shape[1:-2] == (1,) else ""
+        raise ValueError(f"`masks` must be of shape ({n}, {AXES[dims].title()}); got {describe(masks)}.{repair}")
     if image_size is not None:
         raise ValueError(
             f"`image_size` must be given with `boxes` alone; got {describe(image_size)} with masks. Leave it out."

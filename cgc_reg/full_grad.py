@@ -123,12 +123,12 @@ class FullGrad:
             )
         with without_autocast(x):
             terms.append(by_image * x)
-            terms += [
-                gradient * bias.value()
-                for gradient, bias in zip(by_result, biases, strict=True)
-                if gradient is not None
-            ]
-            heatmap = full_grad(terms, x.shape[2:])
+            maps = terms[:]
+            for gradient, bias in zip(by_result, biases, strict=True):
+                if gradient is not None:
+                    terms.append(gradient * bias.value())
+                    maps.append(terms[-1].movedim(-1, 1) if bias.channels_last else terms[-1])
+            heatmap = full_grad(maps, x.shape[2:])
         return Explanation(heatmap, logits, target, output)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cgc_reg._checks import check_maps, check_pair, check_positive, describe, is_number
+from cgc_reg._enlarge import highest_points
 from cgc_reg._precision import without_autocast
 from cgc_reg.energy import Boxes, energies, energy_maps, has_object, object_masks
 from cgc_reg.losses import info_nce, unit_maps
@@ -185,8 +186,8 @@ def pointing_game(
     .. math:: \min_{p: \, m_p > 0} \lVert p - \arg\max_q g_q \rVert_2 \le \text{tolerance}
 
     The point is the centre of the heatmap's highest cell, where a bilinearly enlarged heatmap is highest too; p are the
-    centres of the object's pixels. Enlarged heatmaps are level from a cell at the rim outward, and which of the level
-    pixels is "the" highest would be a matter of rounding.
+    centres of the object's pixels. A smaller tolerance than half of a pixel's diagonal counts as that, since the point
+    may lie between pixels.
 
     Args:
         heatmaps, masks, boxes, image_size: as for :func:`content_heatmap`; the object is where a mask is above 0.
@@ -216,14 +217,14 @@ def pointing_game(
     check_maps("heatmaps", heatmaps)
     with torch.no_grad():
         masks = object_masks(heatmaps, masks, boxes, image_size)
-        highest, cell = heatmaps.flatten(1).max(dim=1)
-        squared = torch.zeros(1, device=cell.device)  # distances from the point, axis by axis
-        for axis, (cells, side) in enumerate(zip(heatmaps.shape[1:], masks.shape[1:], strict=True)):
-            along = cell.div(heatmaps.shape[axis + 2 :].numel(), rounding_mode="floor") % cells
-            point = (along + 0.5) * (side / cells)
-            pixels = torch.arange(side, device=cell.device) + 0.5
-            squared = squared[..., None] + (pixels - point[:, None]).square().view(-1, *[1] * axis, side)
-        hit = ((squared <= tolerance**2) & (masks > 0)).flatten(1).any(dim=1)
+        points = highest_points(heatmaps, masks.shape[1:])
+        squared = torch.zeros(1, device=points.device)  # distances from the point, axis by axis
+        for axis, side in enumerate(masks.shape[1:]):
+            pixels = torch.arange(side, device=points.device) + 0.5
+            squared = squared[..., None] + (pixels - points[:, axis, None]).square().view(-1, *[1] * axis, side)
+        reach = max(tolerance**2, points.shape[1] / 4)
+        hit = ((squared <= reach) & (masks > 0)).flatten(1).any(dim=1)
+        highest = heatmaps.flatten(1).amax(dim=1)
         return hit.float().masked_fill(~((highest > 0) & has_object(masks)), float("nan"))
 
 

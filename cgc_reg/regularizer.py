@@ -198,7 +198,7 @@ class CGCRegularizer(nn.Module):
         It differs from the paper's equation: HiResCAM instead of Grad-CAM; negatives seen from the key; heatmaps
         enlarged to 224 x 224 with a floor of 1e-8; and ``"mse_consistency"`` is a mean over pixels. The arguments are
         those of the class, but that a layer's name is short for ``LayerExplainer(name, official_heatmap)``, with the
-        rule of ``cgc_reg.official``.
+        rule of ``cgc_reg.official``. It is for images, not for volumes and signals.
 
         Example:
             >>> reg = CGCRegularizer.official("layer4")

@@ -56,6 +56,7 @@ class RandomResizedCropFlip:
 
     In a volume, whose axes may differ in what a pixel is, and in a signal, a box has the proportions of the whole,
     stretched along each axis by a factor of its own; these are drawn in ``ratio``, and divided by their geometric mean.
+    Boxes are of whole pixels, so that along an axis of two or three the share is a rough one.
 
     Args:
         scale: (minimum, maximum) of the box's area, as a share of the image's; of its volume, or of its length.
@@ -215,7 +216,12 @@ class RandomAffine:
         degrees = self.degrees
         if isinstance(degrees, (tuple, list)) and len(degrees) == 3 and not any(map(is_number, degrees)):
             return [check_range("degrees", limits) for limits in degrees]
-        return [_symmetric_range("degrees", self.degrees)]
+        if isinstance(degrees, (tuple, list)) and (len(degrees) != 2 or not all(map(is_number, degrees))):
+            raise ValueError(
+                "`degrees` must be a number, two numbers (minimum, maximum), or three such pairs for the angles of "
+                f"volumes; got {describe(degrees)}."
+            )
+        return [_symmetric_range("degrees", degrees)]
 
     def _shear(self) -> tuple[tuple[float, float], tuple[float, float]]:
         if isinstance(self.shear, (tuple, list)) and len(self.shear) == 4:
@@ -296,9 +302,10 @@ class RandomFlip:
     bit for bit, and images up to rounding: see :class:`SpatialTransform`.
 
     Args:
-        horizontal: probability that left and right are exchanged, along the last axis, which is a signal's only one.
+        horizontal: probability that left and right are exchanged, along the last axis. A signal's only one is time, so
+            that its heatmaps must not care for the direction: mostly not what is wanted.
         vertical: probability that top and bottom are, along the axis before that.
-        depth: probability that front and back are, along the first axis of a volume.
+        depth: probability that front and back are, along the first axis of a volume; in a clip that is time.
 
     Example:
         >>> RandomFlip(horizontal=0.0, vertical=1.0).sample(1, (2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
@@ -365,12 +372,12 @@ class RandomQuarterTurn:
         """Draw one map for each image; the arguments are those of :meth:`RandomResizedCropFlip.sample`.
 
         Raises:
-            ValueError: the images are not square, so that a turn would stretch them.
+            ValueError: the images are not square, so that a turn would stretch them, or they are volumes or signals.
         """
-        height, width = check_size("image_size", image_size)
-        if height != width:
+        sides = check_size("image_size", image_size, dims=None)
+        if len(sides) != 2 or sides[0] != sides[1]:
             raise ValueError(
-                "`image_size` must be square for a RandomQuarterTurn, which would stretch other images; got "
+                "`image_size` must be that of square images for a RandomQuarterTurn, which would stretch others; got "
                 f"{describe(image_size)}. Crop squares first, or pass RandomAffine(degrees=180), which keeps the "
                 "proportions."
             )

@@ -177,7 +177,7 @@ class SpatialTransform:
 
         On pixels this is exact for flips alone: what a crop cut away does not come back, and resampling smooths.
         """
-        linear, shift = self.theta.split([self.dims, 1], dim=2)
+        linear, shift = self.theta.tensor_split([self.dims], dim=2)
         adjugate = _adjugate(linear)
         linear = adjugate / _determinant(linear, adjugate).view(-1, 1, 1)
         return SpatialTransform(torch.cat([linear, -(linear * shift.mT).sum(dim=2, keepdim=True)], dim=2))

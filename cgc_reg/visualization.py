@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cgc_reg._checks import check_images, check_maps, check_pair, describe
-from cgc_reg._enlarge import enlarge
+from cgc_reg._enlarge import enlarge, highest_points
 from cgc_reg.losses import unit_maps
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def peak_slices(volumes: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> dic
             f"{describe(volumes)} and {describe(heatmaps)}."
         )
     volumes = volumes.detach().float().cpu().expand(-1, 3, -1, -1, -1)
-    large = enlarge(heatmaps.detach().float().cpu(), volumes.shape[2:])
-    peaks = torch.stack(torch.unravel_index(large.flatten(1).argmax(dim=1), large.shape[1:]), dim=1).tolist()
+    heatmaps = heatmaps.detach().float().cpu()
+    large = enlarge(heatmaps, volumes.shape[2:])
+    peaks = highest_points(heatmaps, volumes.shape[2:]).long().tolist()
     columns = {}
     for axis, name in enumerate(("depth", "row", "column")):
         images = torch.stack([volume.select(axis + 1, peak[axis]) for volume, peak in zip(volumes, peaks, strict=True)])
@@ -154,6 +155,8 @@ def pair_columns(
         >>> figure = gallery(pair_columns(x, out))
     """
     check_images("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"`x` must be images (n, 3, H, W); got {describe(x)}. Of volumes take `peak_slices`.")
     if len(x) != len(out.heatmap):
         raise ValueError(
             f"`x` must be the images that `out` was computed from; got {len(x)} images, and `out` has "
@@ -185,11 +188,20 @@ def gallery(columns: Mapping[str, Tensor], *, title: str | None = None) -> Figur
     Returns:
         A matplotlib figure; ``figure.savefig("gallery.png")`` writes it, with or without a display.
 
+    Raises:
+        ValueError: a tensor is neither images nor heatmaps, or they are of several lengths.
+
     Example:
         >>> figure = gallery({"image": torch.rand(2, 3, 32, 32), "heatmap": torch.rand(2, 4, 4)})
     """
     from matplotlib.figure import Figure
 
+    for name, tensor in columns.items():
+        if tensor.ndim != 3 and (tensor.ndim != 4 or tensor.shape[1] not in (1, 3)):
+            raise ValueError(
+                f"`columns` must hold images (n, 3, H, W), grey ones (n, 1, H, W) or heatmaps (n, h, w); got "
+                f"{describe(tensor)} as {name!r}. Of volumes take `peak_slices`."
+            )
     lengths = {len(tensor) for tensor in columns.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"`columns` must hold tensors of one length, at least 1; got lengths {sorted(lengths)}.")

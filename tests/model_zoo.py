@@ -491,7 +491,9 @@ Each model here, with random weights and ten classes, in training mode, on a bat
 runs the plain computation and the regularizer on all of them and writes this page; the ordinary tests do it for a small
 model of each family. Torchvision's are all its classifiers of up to 60 million parameters, with two VGGs and a ViT,
 which are larger, and some made small by their constructors' arguments. timm's are small models of
-many families, transformers among them.
+many families, transformers among them. Of models for volumes, clips and signals, `tests/test_volumes.py` compares a
+step with a slow one: torchvision's r3d_18, mc3_18 and r2plus1d_18, MONAI's DenseNet121, ResNet and SENet in three
+dimensions, and a ResNet of signals.
 
 *No gradient* counts parameter tensors: biases behind the layer, and auxiliary heads. *Difference* is the largest one
 from the plain computation's gradient, relative to the largest value of that parameter's gradient. *Compiled* are the

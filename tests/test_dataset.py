@@ -247,10 +247,15 @@ def test_a_tensor_that_is_not_one_image_is_refused(shape):
         ContrastiveTransforms()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
 def test_integers_whose_range_is_not_used_are_refused(dtype):
     with pytest.raises(TypeError, match="`image` must hold pixels from 0 to the largest of their type"):
         ContrastiveTransforms()(torch.full((3, 8, 8), 255, dtype=dtype))
+
+
+def test_a_view_of_another_number_of_dimensions_is_refused():
+    with pytest.raises(ValueError, match=r"`view_size` must be three positive integers .* got \(8, 8\)"):
+        ContrastiveTransforms(view_size=(8, 8))(torch.rand(1, 8, 8, 8))
 
 
 def test_an_array_is_refused():

@@ -215,7 +215,8 @@ def reaches(point, mask, tolerance):
     """Look for the object pixel by pixel."""
     height, width = mask.shape
     pixels = [(v + 0.5, u + 0.5) for v in range(height) for u in range(width) if mask[v, u] > 0]
-    return any((v - point[0]) ** 2 + (u - point[1]) ** 2 <= tolerance**2 for v, u in pixels)
+    reach = max(tolerance**2, 0.5)  # half of a pixel's diagonal
+    return any((v - point[0]) ** 2 + (u - point[1]) ** 2 <= reach for v, u in pixels)
 
 
 @laws
@@ -243,6 +244,19 @@ def test_highest_cell_is_where_the_enlarged_heatmap_is_highest(seed, side, facto
     mask = torch.zeros_like(enlarged)
     mask[inside, inside] = (enlarged[inside, inside] == enlarged[inside, inside].max()).float()
     assert pointing_game(heatmap, mask[None], tolerance=0).item() == 1
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("side", [4, 6, 9])
+def test_without_a_tolerance_the_point_lies_on_what_touches_it(dims, side):
+    heatmap = torch.zeros(1, *[2] * dims)
+    heatmap[(0, *[1] * dims)] = 1
+    middle, size = side * 3 // 4, [side] * dims  # of the second cell: between two pixels if the side is 4
+    masks = torch.zeros(1, *size)
+    assert pointing_game(heatmap, masks + 1, tolerance=0) == 1
+    masks[(0, *[middle] * dims)] = 1
+    assert pointing_game(heatmap, masks, tolerance=0) == 1
+    assert pointing_game(heatmap, masks.roll(-2, dims=1), tolerance=0) == 0
 
 
 def test_pointing_game_by_hand():

@@ -57,6 +57,10 @@ def test_peak_slices_go_through_the_highest_point():
     expected.append((volumes[0, :, :, :, 5], volumes[1, :, :, :, 2]))
     for found, wanted in zip(slices.values(), expected, strict=True):
         torch.testing.assert_close(found, torch.stack(wanted).expand(-1, 3, -1, -1))
+    at_the_rim = torch.zeros(2, 2, 5, 6)
+    at_the_rim[0, 0, 1, 5] = at_the_rim[1, 1, 4, 2] = 1.0  # cells of two slices each, level from their centre outward
+    in_depth = peak_slices(volumes, at_the_rim, alpha=0)["at the peak's depth"]
+    torch.testing.assert_close(in_depth, torch.stack([volumes[0, :, 1], volumes[1, :, 3]]).expand(-1, 3, -1, -1))
     painted = peak_slices(volumes, heatmaps[:, ::2, ::2, ::2], alpha=1)
     assert [image.shape[1:] for image in painted.values()] == [(3, 5, 6), (3, 4, 6), (3, 4, 5)]
     assert len(gallery(painted).axes) == 3
@@ -64,6 +68,9 @@ def test_peak_slices_go_through_the_highest_point():
         peak_slices(volumes, heatmaps[:, 0])
     with pytest.raises(ValueError, match="Of volumes take `peak_slices`"):
         overlay(volumes, heatmaps)
+    for column in (volumes, heatmaps, heatmaps[:, 0, 0]):
+        with pytest.raises(ValueError, match=r"`columns` must hold images .* as 'a'.* Of volumes take `peak_slices`"):
+            gallery({"a": column})
 
 
 def test_overlay_goes_from_the_image_to_the_colours_of_the_heatmap():

@@ -328,6 +328,47 @@ def test_views_are_made_in_a_loader_too(dims):
     torch.testing.assert_close(SpatialTransform(theta[None])(image[None])[0], view)
 
 
+class Lifted(nn.Module):
+    """A layer of six channels for maps of one, between what moves the channels."""
+
+    def __init__(self, layer, dims, *, channels_last=False):
+        super().__init__()
+        self.first = getattr(nn, f"Conv{dims}d")(2, 6, 1)
+        self.layer, self.channels_last = layer, channels_last
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.layer(x.movedim(1, -1)).movedim(-1, 1) if self.channels_last else self.layer(x)
+        return self.head(x.relu().flatten(2).mean(dim=2))
+
+
+def lifted_pairs(dims):
+    """Layers that do the same to channels last and to channels first, and to whole maps and to groups of one."""
+    torch.manual_seed(0)
+    linear, convolution = nn.Linear(6, 6), getattr(nn, f"Conv{dims}d")(6, 6, 1)
+    convolution.weight.data.copy_(linear.weight.data.view_as(convolution.weight))
+    convolution.bias.data.copy_(linear.bias.data)
+    group, whole = nn.GroupNorm(1, 6), nn.LayerNorm((6, *SIZES[dims]))
+    nn.init.normal_(group.bias)
+    whole.bias.data.copy_(group.bias.data.view(6, *[1] * dims).expand_as(whole.bias))
+    return [
+        (Lifted(linear, dims, channels_last=True), Lifted(convolution, dims)),
+        (Lifted(whole, dims), Lifted(group, dims)),
+    ]
+
+
+@dimensions
+@pytest.mark.parametrize("pair", [0, 1], ids=["channels last", "whole maps"])
+def test_full_grad_finds_the_places_of_a_layer_wherever_its_channels_are(dims, pair):
+    one, other = lifted_pairs(dims)[pair]
+    other.first.load_state_dict(one.first.state_dict())
+    other.head.load_state_dict(one.head.state_dict())
+    x = images(dims)
+    actual, expected = (FullGrad()(model.double(), x, target=1).heatmap for model in (one, other))
+    torch.testing.assert_close(actual, expected)
+
+
 # ---- what is no map
 
 
@@ -360,12 +401,75 @@ def test_channels_last_of_signals_are_not_taken_for_maps():
         suggest_target_layer(model, x)
 
 
+class Recurrent(nn.Module):
+    """A network of signals whose last layer before the head is recurrent, in a module of its own."""
+
+    class Memory(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            self.inner = nn.LSTM(6, 5, batch_first=True, bidirectional=True, **options)
+
+        def forward(self, x):
+            return self.inner(x.mT)[0]
+
+    def __init__(self, **options):
+        super().__init__()
+        self.features = nn.Conv1d(2, 6, 3, padding=1)
+        self.memory = self.Memory(**options)
+        self.head = nn.Linear(2 * options.get("proj_size", 5), 3)
+
+    def forward(self, x):
+        return self.head(self.memory(self.features(x)).mean(dim=1))
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 4}])
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_hidden_units_are_not_taken_for_places(options):
+    model, x = Recurrent(**options), torch.rand(4, 2, 14)
+    for explain_units in (GradCAM("memory"), CGCRegularizer("memory").compute):
+        with pytest.raises(ValueError, match=r"must put out maps of shape \(n, c, length\); got channels last"):
+            explain_units(model, x)
+    with pytest.raises(ValueError, match=r"got channels last, .* from 'memory'"):
+        suggest_target_layer(model, x)
+    assert GradCAM("memory", reshape_transform=channels_last_to_maps)(model, x).heatmap.shape == (4, 14)
+    assert GradCAM("features")(model, x).heatmap.shape == (4, 14)
+
+
+@pytest.mark.parametrize("explainer", [GradCAM("features"), FullGrad(), GradCAM(None)], ids=["layer", "all", "None"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_one_image_without_its_batch_is_told_from_a_batch_of_fewer_dimensions(dims):
+def test_one_image_without_its_batch_is_told_from_a_batch_of_fewer_dimensions(dims, explainer):
     with pytest.raises(ValueError, match=r"as the convolutions of `model` take them; got .* Add .* with `x\[None\]`"):
-        GradCAM("features")(net(dims), images(dims)[0])
+        explainer(net(dims).eval(), images(dims)[0])
     with pytest.raises(ValueError, match=r"as the convolutions of `model` take them; got a \w+ tensor of shape [^`]*$"):
-        GradCAM("features")(net(dims - 1), images(dims))
+        explainer(net(dims - 1).eval(), images(dims))
+
+
+class FrameByFrame(nn.Module):
+    """A network of clips whose convolutions see one frame at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.frames = net(2).features
+        self.maps = nn.Identity()
+        self.head = nn.Linear(8, 3).double()
+
+    def forward(self, x):
+        n, t = len(x), x.shape[2]
+        maps = self.frames(x.transpose(1, 2).flatten(0, 1))
+        maps = self.maps(maps.unflatten(0, (n, t)).transpose(1, 2))
+        return self.head(maps.flatten(2).mean(dim=2))
+
+
+def test_a_model_may_take_clips_frame_by_frame():
+    model, x = FrameByFrame(), images(3)
+    n, t = len(x), x.shape[2]
+    of_frames = GradCAM("frames", reshape_transform=lambda maps: maps.unflatten(0, (n, t)).transpose(1, 2))
+    of_clips = GradCAM("maps")
+    expected = of_clips(model, x, target=1).heatmap
+    torch.testing.assert_close(of_frames(model, x, target=1).heatmap, expected)
+    assert_step_is_the_slow_one(model, "maps", x)
+    with pytest.raises(ValueError, match=r"`target_layer` must put out .*\(n, c, d, h, w\)"):
+        GradCAM("frames")(model, x)
 
 
 def test_dimensions_that_do_not_fit_are_refused():

@@ -24,10 +24,13 @@ class Bias:
             computed inside a checkpoint must be what its second run computes.
         place: zeros in the shape of the result, which were added too: the gradient of a score by them is that by the
             result, also where something changes the result in place.
+        channels_last: whether the channels that it goes by are the result's last dimension, as for a linear layer, and
+            not dimension 1.
     """
 
     value: Callable[[], Tensor]
     place: Tensor
+    channels_last: bool
 
 
 # The operations that add a bias: where it stands among their arguments, and whether it runs along channels, dimension
@@ -66,19 +69,24 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if function is F.batch_norm:
-            return self._keep(result, _implicit_bias(*args, **kwargs), by_channel=True)
+            return self._keep(result, _by_channel(_implicit_bias(*args, **kwargs), result.ndim))
         if function in _ADDING:
             at, by_channel = _ADDING[function]
             bias = kwargs.get("bias", args[at] if len(args) > at else None)
+            if bias is not None and by_channel:
+                return self._keep(result, _by_channel(lambda: bias, result.ndim))
             if bias is not None:
-                return self._keep(result, lambda: bias, by_channel)
+                return self._keep(result, lambda: bias, channels_last=bias.ndim == 1)
         return result
 
-    def _keep(self, result: Tensor, bias: Callable[[], Tensor], by_channel: bool) -> Tensor:
+    def _keep(self, result: Tensor, value: Callable[[], Tensor], channels_last: bool = False) -> Tensor:
         place = result.new_zeros(()).expand(result.shape).requires_grad_()
-        after = (1,) * (result.ndim - 2)
-        self.found.append(Bias((lambda: bias().view(-1, *after)) if by_channel else bias, place))
+        self.found.append(Bias(value, place, channels_last))
         return result + place
+
+
+def _by_channel(bias: Callable[[], Tensor], ndim: int) -> Callable[[], Tensor]:
+    return lambda: bias().view(-1, *[1] * (ndim - 2))
 
 
 def _implicit_bias(

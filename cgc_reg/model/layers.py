@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -14,20 +15,28 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of one, two and three spatia
 SHAPES = {dims: f"(n, c, {axes})" for dims, axes in AXES.items()}  # of maps, by the number of spatial dimensions
 
 
-def check_dimensions(model: nn.Module, x: Tensor) -> None:
-    """Refuse images of other dimensions than the model's convolutions have, such as one without its batch."""
-    known = {
-        dims
-        for dims, kind in enumerate(CONVOLUTIONS, start=1)
-        if any(isinstance(module, kind) for module in model.modules())
-    }
-    if known and x.ndim - 2 not in known:
+@contextmanager
+def telling_dimensions(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Where the model fails on images of other dimensions than its convolutions have, say that first.
+
+    Such is an image without its batch. A model may also take clips frame by frame, or signals as images of one row.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = {
+            dims
+            for dims, kind in enumerate(CONVOLUTIONS, start=1)
+            if any(isinstance(module, kind) for module in model.modules())
+        }
+        if not known or x.ndim - 2 in known:
+            raise
         shapes = " or ".join(SHAPES[dims] for dims in sorted(known))
-        repair = " Add the batch dimension with `x[None]`." if x.ndim - 1 in known else ""
+        repair = "Add the batch dimension with `x[None]`. " if x.ndim - 1 in known else ""
         raise ValueError(
-            f"`x` must be images of shape {shapes}, as the convolutions of `model` take them; got {describe(x)}."
-            f"{repair}"
-        )
+            f"`x` must be images of shape {shapes}, as the convolutions of `model` take them; got {describe(x)}. "
+            f"{repair}With it the model gave {type(error).__name__}: {error}"
+        ) from error
 
 
 def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
@@ -107,9 +116,16 @@ def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
     ]
     if any(weight.ndim > 2 for weight in layer.parameters()):
         weighted = weighted[-1:]
-    widths = {
-        module.out_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
-        for module in weighted
-        if isinstance(module, (nn.Linear, nn.LayerNorm))
-    }
+    widths = {width for module in weighted if (width := _width_of_the_last_dimension(module)) is not None}
     return output.ndim > 2 and output.shape[-1] in widths and output.shape[1] not in widths
+
+
+def _width_of_the_last_dimension(layer: nn.Module) -> int | None:
+    """Return how wide a layer makes the last dimension; None if it works on another."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1]
+    if isinstance(layer, nn.RNNBase):
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+    return None

@@ -14,7 +14,7 @@ from cgc_reg.model.capture import Capture, capture
 from cgc_reg.model.compilation import compiled_below, regions
 from cgc_reg.model.frozen import check_frozen_block
 from cgc_reg.model.head import Weights, used_weights
-from cgc_reg.model.layers import find_layer, is_channels_last
+from cgc_reg.model.layers import find_layer, is_channels_last, telling_dimensions
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.outputs import OutputFunction, find_logits
 from cgc_reg.model.state import left_as_found
@@ -78,9 +78,10 @@ def _run(
         if parallel is not None:
             # Whose own output starts the synchronisation of a static graph, at the first gradient that it sees.
             hook.callback(inner.register_forward_hook(lambda *given: inner_outputs.append(given[-1])).remove)
-        output = inner(x) if parallel is None else parallel(x)
-        # Also here gradients are on: `output_fn` may compute something.
-        logits = find_logits(output, output_fn, len(x))
+        with telling_dimensions(inner, x):
+            output = inner(x) if parallel is None else parallel(x)
+            # Also here gradients are on: `output_fn` may compute something.
+            logits = find_logits(output, output_fn, len(x))
         inner_logits = logits if parallel is None else find_logits(inner_outputs[0], output_fn, len(x))
     dims = x.ndim - 2
     made = ForwardPass(logits, inner_logits, kept.target_layer, kept.output, kept.channels_last, dims, output, weights)

@@ -19,8 +19,8 @@ from cgc_reg.model.layers import (
     CONVOLUTIONS,
     KEEP_BLOCKS_WHOLE,
     SHAPES,
-    check_dimensions,
     is_channels_last,
+    telling_dimensions,
     without_compilers,
 )
 from cgc_reg.model.measure import as_without_gradients
@@ -65,11 +65,11 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
     """
     check_images("x", x)
     model = unwrap(model)
-    check_dimensions(model, x)
     with outside_inference_mode(), torch.enable_grad(), in_turn(model):
         x = ordinary(x).detach().clone().requires_grad_()
         images = node_of(x)
-        maps, tokens, output = _look(model, x)
+        with telling_dimensions(model, x):
+            maps, tokens, output = _look(model, x)
     classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
     while len(maps) > 1 and isinstance(maps[-1].layer, CONVOLUTIONS) and maps[-1].output.shape[1] == classes:
         maps.pop()
