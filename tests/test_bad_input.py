@@ -72,7 +72,7 @@ IDENTITY = SpatialTransform.identity(4)
         (
             {"x": torch.stack([X, X])},
             ValueError,
-            r"`x` must be images of shape \(n, c, h, w\), as .*\(2, 4, 3, 16, 16\)\.$",
+            r"`x` must be images of shape \(n, c, h, w\), as .*\(2, 4, 3, 16, 16\)\. With it the model gave \w+Error: ",
         ),
         ({"x": X[:0]}, ValueError, "an empty batch"),
         ({"x": X.byte()}, TypeError, "`x` must hold floating-point images.*uint8"),
