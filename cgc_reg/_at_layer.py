@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from cgc_reg._checks import check_function, check_images, describe
+from cgc_reg._checks import check_function, check_images
 from cgc_reg._precision import at_least_float32
 from cgc_reg._targets import Target, as_target, target_of
 from cgc_reg.explanation import Explanation, in_its_graph
 from cgc_reg.model.extra import is_extra_pass
 from cgc_reg.model.given import ordinary, outside_inference_mode
+from cgc_reg.model.layers import check_layer
 from cgc_reg.model.passes import ForwardPass, forward_pass
 from cgc_reg.model.path import look_at_path
 from cgc_reg.model.processes import warn_if_wrapper_is_bypassed
@@ -36,12 +37,8 @@ class AtLayer:
     reshape_transform: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        layer = self.target_layer
-        if layer is not None and not isinstance(layer, nn.Module) and (not isinstance(layer, str) or not layer):
-            raise ValueError(
-                f"`target_layer` must be the dotted name of a layer, the layer itself, or None; got {describe(layer)}. "
-                "Names: `dict(model.named_modules())`."
-            )
+        if self.target_layer is not None:
+            check_layer(self.target_layer, or_none=", or None")
         check_function("output_fn", self.output_fn)
         check_function("reshape_transform", self.reshape_transform)
 

@@ -16,29 +16,29 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def precision_of(x: Tensor) -> torch.dtype:
     """Return the type that a model given x computes in: autocast's, or its own."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the tensor's device, so that a product of float32 tensors stays float32."""
-    device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
 
 
 @contextmanager
-def without_autocast_cache() -> Iterator[None]:
-    """Keep weights that autocast casts here out of its cache.
+def without_autocast_cache(x: Tensor) -> Iterator[None]:
+    """Keep weights that autocast casts here, where the tensor is, out of its cache.
 
     A cast made under ``no_grad`` has no graph; taken from the cache by a later training pass, it would cut its weight
-    off from the loss without a word.
+    off from the loss without a word. Without autocast the setting stays, since a compiled part that finds another one
+    is compiled anew.
     """
     enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_cache_enabled(enabled and not _autocasts(x))
     try:
         yield
     finally:

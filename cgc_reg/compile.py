@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cgc_reg._checks import check_images
+from cgc_reg.model.capture import not_called
 from cgc_reg.model.compilation import enclosing, is_compiled
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.hooks import forward_hook
-from cgc_reg.model.layers import find_layer
+from cgc_reg.model.layers import check_layer, find_layer, telling_dimensions
 from cgc_reg.model.state import left_as_found
 from cgc_reg.model.wrappers import unwrap
+
+_NUMBERS = itertools.count()  # of the parts that this process has compiled
 
 
 class CompiledParts:
@@ -32,7 +36,7 @@ class CompiledParts:
     def remove(self) -> None:
         """Let these parts run as written again."""
         for part in self._parts:
-            del part._compiled_call_impl
+            vars(part).pop("_compiled_call_impl", None)  # which a copy has not
         self._parts = []
 
     def __repr__(self) -> str:
@@ -62,7 +66,7 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
         What was compiled; its ``remove()`` undoes that.
 
     Raises:
-        ValueError: the model has no such layer, or is compiled already.
+        ValueError: the model has no such layer, or is compiled already; or ``target_layer`` names none.
         RuntimeError: the layer is not called.
 
     Example:
@@ -74,6 +78,7 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
         >>> parts.remove()
     """
     check_images("x", x)
+    check_layer(target_layer)
     inner = unwrap(model)
     name, layer = find_layer(inner, target_layer)
     if is_compiled(model):
@@ -104,12 +109,12 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hook, and is compiled in a way of its own
                 stack.enter_context(forward_hook(module, end))
         stack.enter_context(left_as_found(model))
+        stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(telling_dimensions(model, x))
         model(x.clone())  # which it may change in place
     if layer not in finished:
-        raise RuntimeError(
-            f"`target_layer` must be a layer that the model's forward calls; got {name!r}, which it did not call."
-        )
+        raise not_called(name, layer)
     return finished
 
 
@@ -126,10 +131,14 @@ def _largest(model: nn.Module, around: Collection[nn.Module], finished: dict[nn.
 
 
 def _with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function in one whose code is no other's: the compiler counts what it compiles anew by code."""
+    """Return the function in one whose code is no other's, and has a name that is no other's.
+
+    The compiler counts what it compiles anew by code. What sizes change from call to call it remembers by name, and
+    would take each part for the one before it with images of another size.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()
+    call.__code__ = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
     return call

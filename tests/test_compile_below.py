@@ -86,11 +86,18 @@ def by_forward(model, backend):
         part.forward = torch.compile(part.forward, backend=backend)
 
 
+def by_class(model, backend):
+    class Compiled(nn.Sequential):
+        forward = torch.compile(nn.Sequential.forward, backend=backend)
+
+    model.stem, model.body = Compiled(*model.stem), Compiled(*model.body)
+
+
 def below(model, backend):
     compile_below(model, X, "body", backend=backend)
 
 
-WAYS = [by_module, by_child, by_forward, below]
+WAYS = [by_module, by_child, by_forward, by_class, below]
 ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -218,6 +225,28 @@ def test_batches_of_any_size_share_what_is_compiled():
     assert backend.graphs == graphs[2] <= 4  # each part once, and once more for any size
 
 
+def test_sizes_are_fixed_where_no_call_has_others():
+    """The compiler tells functions by name and place, and would take each for one before it with other sizes."""
+    model, sizes = net(), []
+
+    def backend(graph, inputs):
+        sizes.extend(each for each in inputs if not isinstance(each, torch.Tensor))
+        return graph
+
+    compile_below(model, X, "body", backend=backend)
+    GradCAM("body")(model, X, Y)
+    assert sizes == []
+
+
+def test_a_measure_runs_what_the_loops_own_pass_has_compiled():
+    model, backend = compiled(below)
+    with torch.no_grad():
+        model(X)
+        graphs = backend.graphs
+        GradCAM("body")(model, X, Y)
+    assert backend.graphs == graphs
+
+
 def test_looking_keeps_them_too_and_leaves_no_graph():
     model, backend = compiled(below)
     expected = explain(net(), X, "body", Y)
@@ -247,7 +276,11 @@ def by_function(model, backend):
     model.forward = torch.compile(model.forward, backend=backend)
 
 
-@pytest.mark.parametrize(("way", "runs"), [(lost, 2), (around, 0), (by_function, 0)])
+def by_its_class(model, backend):
+    model.__class__ = type("Compiled", (Net,), {"forward": torch.compile(Net.forward, backend=backend)})
+
+
+@pytest.mark.parametrize(("way", "runs"), [(lost, 2), (around, 0), (by_function, 0), (by_its_class, 0)])
 def test_what_is_around_the_layer_or_behind_it_runs_as_written_with_one_warning(way, runs):
     model, backend = compiled(way)
     with pytest.warns(UserWarning, match=r"compile_below\(model, x, target_layer\)") as said:
@@ -275,6 +308,44 @@ def test_an_explainer_of_all_layers_runs_all_as_written():
     assert backend.runs == 0
 
 
+def test_a_layer_that_is_called_twice_is_refused_when_it_is_compiled_too():
+    model = net()
+    model.body = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()).double()
+    model.head = nn.Linear(6, 5).double()
+    model.forward = lambda x: model.head(model.body(model.body(model.stem(x))).mean(dim=(2, 3)))
+    model.body.compile(backend="aot_eager")
+    with pytest.raises(RuntimeError, match="a layer that the model calls once"):
+        GradCAM("body")(model, X, Y)
+
+
+class Saving(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class WithTail(Net):
+    def __init__(self):
+        model = net()
+        super().__init__(model.stem, model.body, model.head)
+        self.tail = Saving(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()).double()
+
+    def forward(self, x):
+        return self.head(self.tail(self.body(self.stem(x))).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
+def test_a_checkpoint_inside_what_runs_as_written_is_seen(bn_mode):
+    results = []
+    for way in (lambda part: part.compile(backend="aot_eager"), lambda part: None):
+        model = WithTail()
+        way(model.tail)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*runs as written")
+            warnings.filterwarnings("ignore", "A BatchNorm behind")
+            results.append(train(model, bn_mode=bn_mode))
+    assert_equal(*results)
+
+
 # ---- the parts
 
 
@@ -300,9 +371,13 @@ def test_a_scripted_part_stays_what_it_is():
 
 def test_removing_leaves_the_model_as_it_was():
     model = net()
+    model.stem.append(nn.Dropout())
+    random = torch.get_rng_state()
     before, keys = settings_of(model), model.state_dict().keys()
     parts = compile_below(model, X, "body", backend="eager")
+    assert torch.equal(torch.get_rng_state(), random)
     assert model.state_dict().keys() == keys
+    copy.deepcopy(parts).remove()  # of modules that run as written
     parts.remove()
     assert settings_of(model) == before
     compile_below(model, X, "body", backend="eager").remove()  # and again
@@ -350,6 +425,13 @@ def test_what_cannot_be_compiled_is_refused():
         compile_below(model, X, "never")
     with pytest.raises(ValueError, match="Do you mean 'body'"):
         compile_below(model, X, "bodi")
+    for none in ("", None, 4, nn.Conv2d, GradCAM("body")):
+        with pytest.raises(
+            ValueError, match="`target_layer` must be the dotted name of a layer, the layer itself; got"
+        ):
+            compile_below(model, X, none)
+    with pytest.raises(ValueError, match=r"Add the batch dimension with `x\[None\]`"):
+        compile_below(model, X[0], "body")
     compile_below(model, X, "body", backend="eager")
     with pytest.raises(ValueError, match=r"not be compiled yet.*`remove\(\)`"):
         compile_below(model, X, "body")

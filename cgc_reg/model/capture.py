@@ -91,7 +91,7 @@ def capture(model: nn.Module, target_layer: str | nn.Module) -> Iterator[Capture
             if kept.called and kept.without_gradients:
                 _take_buffers_out_of_graph(model)  # those that the model updates there, with gradients off
     if not kept.called:
-        raise _not_called(kept, layer)
+        raise not_called(kept.target_layer, layer, called_elsewhere=kept.called_elsewhere)
 
 
 @contextmanager
@@ -136,10 +136,11 @@ def _check(target_layer: str, output: object, *, called_before: bool) -> None:
         )
 
 
-def _not_called(kept: Capture, layer: nn.Module) -> RuntimeError:
+def not_called(name: str, layer: nn.Module, *, called_elsewhere: bool = False) -> RuntimeError:
+    """Return the error for a layer that a pass has not called; it may have been called outside of this pass."""
     repair = "Name another, or let `suggest_target_layer(model, x)` do so."
     parts = [name for name, _ in layer.named_children()]
-    if kept.called_elsewhere:
+    if called_elsewhere:
         repair = (
             "It ran in another thread, which may be the loop's. If the forward starts that thread, let it run the "
             "layer by `contextvars.copy_context().run(layer, x)`, with the context copied in the forward."
@@ -147,11 +148,10 @@ def _not_called(kept: Capture, layer: nn.Module) -> RuntimeError:
     elif type(layer) is nn.Module:  # what torch.fx leaves of one, whose parts it calls
         repair = KEEP_BLOCKS_WHOLE
     elif isinstance(layer, nn.Sequential) and parts:  # as timm's gradient checkpointing calls one
-        last = f"{kept.target_layer}.{parts[-1]}"
+        last = f"{name}.{parts[-1]}"
         repair = f"Where the model calls the parts of a layer one by one, name the last part: {last!r}."
     return RuntimeError(
-        f"`target_layer` must be a layer that the model's forward calls; got {kept.target_layer!r}, which it did not "
-        f"call. {repair}"
+        f"`target_layer` must be a layer that the model's forward calls; got {name!r}, which it did not call. {repair}"
     )
 
 

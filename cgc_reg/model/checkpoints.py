@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -15,8 +16,28 @@ from torch import Tensor, nn
 
 from cgc_reg.model.graph import nodes
 
-# Takes a compiled part of the model, whose modules have no hooks, as it begins in a pass that is watched.
-_LOOK: ContextVar[Callable[[nn.Module], None] | None] = ContextVar("_LOOK", default=None)
+
+@dataclass(frozen=True)
+class _Watch:
+    """A pass whose checkpoints are watched."""
+
+    modules: Collection[nn.Module]  # which ones
+    found: list[nn.Module]  # those of them that ran inside a checkpoint
+
+    def look(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _inside_checkpoint():
+            self.found.append(module)
+
+    @contextmanager
+    def hooked(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in modules if torch.is_grad_enabled() else ():
+                if module in self.modules and not isinstance(module, torch.jit.ScriptModule):
+                    stack.callback(module.register_forward_hook(self.look).remove)
+            yield
+
+
+_WATCH: ContextVar[_Watch | None] = ContextVar("_WATCH", default=None)
 
 
 @contextmanager
@@ -25,39 +46,35 @@ def watch_checkpoints(modules: Collection[nn.Module], compiled: Iterable[nn.Modu
 
     Args:
         modules: which ones.
-        compiled: parts of the model that stay compiled. A hook inside would have them compiled anew, so they tell by
-            :func:`note_if_run_again` when they begin.
+        compiled: compiled parts of the model. A hook inside would have them compiled anew, so they tell by
+            :func:`note_if_run_again` when they begin, and by :func:`watched_as_written` where they run as written.
 
     Yields:
         Those modules, once they have run.
     """
-    found: list[nn.Module] = []
+    watch = _Watch(modules, [])
     inside = {module for part in compiled for module in part.modules()}
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        if _inside_checkpoint():
-            found.append(module)
-
-    def look_at_part(part: nn.Module) -> None:
-        if _inside_checkpoint():
-            found.extend(module for module in part.modules() if module in modules)
-
-    token = _LOOK.set(look_at_part)
+    token = _WATCH.set(watch)
     try:
-        with ExitStack() as stack:
-            for module in modules if torch.is_grad_enabled() else ():
-                if module not in inside and not isinstance(module, torch.jit.ScriptModule):
-                    stack.callback(module.register_forward_hook(look).remove)
-            yield found
+        with watch.hooked(module for module in modules if module not in inside):
+            yield watch.found
     finally:
-        _LOOK.reset(token)
+        _WATCH.reset(token)
 
 
 def note_if_run_again(part: nn.Module) -> None:
     """Let :func:`watch_checkpoints` know that a compiled part of the model begins."""
-    look = _LOOK.get()
-    if look is not None:
-        look(part)
+    watch = _WATCH.get()
+    if watch is not None and _inside_checkpoint():
+        watch.found.extend(module for module in part.modules() if module in watch.modules)
+
+
+@contextmanager
+def watched_as_written(part: nn.Module) -> Iterator[None]:
+    """Let :func:`watch_checkpoints` look into a compiled part of the model while it runs as written."""
+    watch = _WATCH.get()
+    with nullcontext() if watch is None else watch.hooked(part.modules()):
+        yield
 
 
 def has_reentrant_checkpoint(logits: Tensor) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from cgc_reg._warn import warn_once
-from cgc_reg.model.checkpoints import note_if_run_again
+from cgc_reg.model.checkpoints import note_if_run_again, watched_as_written
 from cgc_reg.model.layers import find_layer
-from cgc_reg.model.settings import attribute
+from cgc_reg.model.settings import attribute, own_forward
 from cgc_reg.model.wrappers import ExposedLayer, holds_original, inside_data_parallel, unwrap
 
 
@@ -35,7 +36,8 @@ def is_compiled(model: nn.Module) -> bool:
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run what is compiled inside the model as it was written.
 
-    That is by ``torch.compile(module)``, ``module.compile()`` or ``module.forward = torch.compile(module.forward)``.
+    That is by ``torch.compile(module)``, ``module.compile()`` or ``forward = torch.compile(forward)``, of the module or
+    of its class.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -77,8 +79,14 @@ def compiled_below(
                 lose()
                 stack.enter_context(_as_written(module))
         for region in regions(model, target_layer):
-            stack.enter_context(_until(region, is_past, lose, as_written))
+            # Where the layer itself is called again, what looks at its output refuses that.
+            ends = is_past if region is not layer else _never
+            stack.enter_context(_until(region, ends, lose, as_written))
         yield
+
+
+def _never() -> bool:
+    return False
 
 
 def enclosing(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
@@ -117,7 +125,7 @@ def _until(
             if not is_past():
                 return compiled(*args, **kwargs)
             lose()
-            with uncompiled(region), as_written(region):
+            with uncompiled(region), as_written(region), watched_as_written(region):
                 return written(*args, **kwargs)
 
         return run
@@ -127,7 +135,7 @@ def _until(
         if compiled_call is not None:
             stack.enter_context(attribute(region, "_compiled_call_impl", choose(compiled_call, region._call_impl)))
         elif original is not None:
-            stack.enter_context(attribute(region, "forward", choose(region.forward, original)))
+            stack.enter_context(own_forward(region, choose(region.forward, original)))
         yield
 
 
@@ -145,7 +153,7 @@ def _as_written(module: nn.Module) -> Iterator[None]:
     forward = _original_forward(module)
     with ExitStack() as stack:
         if forward is not None:
-            stack.enter_context(attribute(module, "forward", forward))
+            stack.enter_context(own_forward(module, forward))
         if module._compiled_call_impl is not None:
             stack.enter_context(attribute(module, "_compiled_call_impl", None))
         yield
@@ -156,7 +164,12 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _original_forward(module: nn.Module) -> Any:
-    return getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    """Return the forward that was compiled, in the module or in its class; None if none was."""
+    for holder in (module, *type(module).__mro__):
+        if "forward" in vars(holder):  # not by `getattr`, which a scripted class does not stand
+            original = getattr(vars(holder)["forward"], "_torchdynamo_orig_callable", None)
+            return original if original is None or holder is module else MethodType(original, module)
+    return None
 
 
 def _warn_of_loss(model: nn.Module) -> None:

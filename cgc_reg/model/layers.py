@@ -39,6 +39,15 @@ def telling_dimensions(model: nn.Module, x: Tensor) -> Iterator[None]:
         ) from error
 
 
+def check_layer(target_layer: object, *, or_none: str = "") -> None:
+    """Refuse what names no layer; `or_none` says that None is allowed."""
+    if not isinstance(target_layer, nn.Module) and (not isinstance(target_layer, str) or not target_layer):
+        raise ValueError(
+            f"`target_layer` must be the dotted name of a layer, the layer itself{or_none}; got "
+            f"{describe(target_layer)}. Names: `dict(model.named_modules())`."
+        )
+
+
 def find_layer(model: nn.Module, target_layer: str | nn.Module) -> tuple[str, nn.Module]:
     """Return the name of a layer, and the layer.
 

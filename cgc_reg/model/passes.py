@@ -69,7 +69,7 @@ def _run(
     weights: dict[nn.Module, Tensor] = {}
     inner_outputs: list[Any] = []
     with (
-        nullcontext() if torch.is_grad_enabled() else without_autocast_cache(),
+        nullcontext() if torch.is_grad_enabled() else without_autocast_cache(x),
         used_weights(inner, weights, besides=regions(model, target_layer)),
         capture(inner, target_layer) as kept,
         compiled_below(model, target_layer, kept.is_past, lambda part: used_weights(part, weights)),
@@ -96,7 +96,7 @@ def exposed_pass(model: nn.Module, x: Tensor, exposed: ExposedLayer, output_fn: 
         x, output_fn: as for :func:`forward_pass`.
         exposed: what was compiled.
     """
-    with nullcontext() if torch.is_grad_enabled() else without_autocast_cache():
+    with nullcontext() if torch.is_grad_enabled() else without_autocast_cache(x):
         output, layer_output = model(x)
     name, layer = find_layer(unwrap(exposed), exposed.target_layer)
     logits = find_logits(output, output_fn, len(x))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +19,19 @@ def attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
+
+
+@contextmanager
+def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module a forward of its own, in place of that of its class or of another one of its own."""
+    before = vars(module).get("forward")
+    try:
+        vars(module)["forward"] = forward
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
 
 
 @contextmanager

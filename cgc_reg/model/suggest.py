@@ -104,7 +104,7 @@ def _look(model: nn.Module, x: Tensor) -> tuple[list[_Map], list[str], Any]:
         stack.enter_context(left_as_found(model))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(as_without_gradients())
-        stack.enter_context(without_autocast_cache())
+        stack.enter_context(without_autocast_cache(x))
         stack.enter_context(uncompiled(model))
         stack.enter_context(own_pass())
         output = model(x.clone())  # which it may change in place
