@@ -21,7 +21,7 @@ from cgc_reg.model.graph import nodes
 class _Watch:
     """A pass whose checkpoints are watched."""
 
-    modules: Collection[nn.Module]  # which ones
+    modules: frozenset[nn.Module]  # which ones
     found: list[nn.Module]  # those of them that ran inside a checkpoint
 
     def look(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -52,7 +52,7 @@ def watch_checkpoints(modules: Collection[nn.Module], compiled: Iterable[nn.Modu
     Yields:
         Those modules, once they have run.
     """
-    watch = _Watch(modules, [])
+    watch = _Watch(frozenset(modules), [])
     inside = {module for part in compiled for module in part.modules()}
     token = _WATCH.set(watch)
     try:
