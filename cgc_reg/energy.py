@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import convert_bounding_box_format
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from cgc_reg._checks import AXES, check_size, describe
 from cgc_reg._enlarge import enlarge
@@ -39,14 +41,22 @@ def object_masks(
         raise ValueError(
             f"`image_size` must be given with `boxes` alone; got {describe(image_size)} with masks. Leave it out."
         )
-    return masks if masks.is_floating_point() else masks != 0
+    if not masks.is_floating_point():
+        return masks != 0
+    # On a GPU the values are not looked at, which would make that wait.
+    if masks.device.type == "cpu" and ((masks < 0) | (masks > 1)).any():
+        raise ValueError(
+            f"`masks` must be from 0 to 1 where they are floating-point; got values from {masks.min():g} to "
+            f"{masks.max():g}. Pass `masks > 0`, or divide by the highest value."
+        )
+    return masks
 
 
 def stacked_boxes(boxes: Boxes, heatmaps: Tensor) -> Tensor:
     """Return the boxes as (n, k, 2 d); images with fewer than k of them are given empty ones too."""
     n, numbers = len(heatmaps), 2 * (heatmaps.ndim - 1)
     if isinstance(boxes, Tensor) and boxes.shape == (n, numbers):
-        return boxes[:, None]
+        return _as_corners(boxes)[:, None]
     several = [] if isinstance(boxes, Tensor) or not isinstance(boxes, Sequence) else list(boxes)
     if len(several) != n or not all(isinstance(one, Tensor) and one.shape[1:] == (numbers,) for one in several):
         names = [f"{axis}_{end}" for end in ("min", "max") for axis in "xyz"[: numbers // 2]]
@@ -58,8 +68,16 @@ def stacked_boxes(boxes: Boxes, heatmaps: Tensor) -> Tensor:
     dtype = functools.reduce(torch.promote_types, [one.dtype for one in several], torch.float32)
     stacked = heatmaps.new_zeros(n, max(map(len, several), default=0), numbers, dtype=dtype)
     for i, one in enumerate(several):
-        stacked[i, : len(one)] = one
+        stacked[i, : len(one)] = _as_corners(one)
     return stacked
+
+
+def _as_corners(boxes: Tensor) -> Tensor:
+    """Bring torchvision's boxes, which know their format, to the one of two corners."""
+    if not isinstance(boxes, BoundingBoxes):
+        return boxes
+    corners: Tensor = convert_bounding_box_format(boxes, new_format=BoundingBoxFormat.XYXY)
+    return corners.as_subclass(Tensor)
 
 
 def box_masks(boxes: Tensor, image_size: Sequence[int]) -> Tensor:

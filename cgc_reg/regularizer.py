@@ -111,7 +111,7 @@ class CGCRegularizer(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the images.
         weighting: how much each image counts, w in :math:`\sum_i w_i L_i / n`: ``"uniform"``, all alike, is the
             paper's; ``"confidence"`` is :func:`confidence`, so that CGC sets in as the network learns; or a function
-            from logits (n, k) and target to (n,). It is called without a graph.
+            from logits (n, k) and target to (n,), not negative. It is called without a graph.
         gather_distributed: of ``"info_nce"``: contrast against the keys of all processes.
         generator: source of randomness of T; torch's global one if None.
 
@@ -471,10 +471,10 @@ class CGCRegularizer(nn.Module):
         weigh = confidence if self.weighting == "confidence" else self.weighting
         assert callable(weigh)  # checked in the constructor; says so to the type checker
         with torch.no_grad(), without_autocast(logits):
-            weights = weigh(logits, image.target)
+            weights = weigh(logits.clone(), image.target.clone())  # which it may write on
         if not isinstance(weights, Tensor) or weights.shape != (len(logits),):
             raise ValueError(f"`weighting` must return a tensor of shape ({len(logits)},); got {describe(weights)}.")
-        return at_least_float32(weights)
+        return at_least_float32(weights.detach())
 
 
 def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | None) -> None:

@@ -119,10 +119,11 @@ def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
         Chattopadhay et al., Grad-CAM++ (WACV 2018), section 3.
     """
     check_activation(activation, gradient)
-    # Of d^2 / (2 d^2 + d^3 S) a factor d^2 cancels, whose powers would leave the range of float32.
-    places = _places(activation)
-    alpha = 1 / (2 + gradient * activation.sum(dim=places, keepdim=True))
-    weight = (alpha * gradient.relu()).sum(dim=places, keepdim=True)
+    # Of d^2 / (2 d^2 + d^3 S) a factor d^2 cancels, whose powers would leave the range of float32. Where d is negative,
+    # ReLU(d) leaves nothing of alpha, which has its poles there.
+    places, positive = _places(activation), gradient.relu()
+    alpha = 1 / (2 + positive * activation.sum(dim=places, keepdim=True))
+    weight = (alpha * positive).sum(dim=places, keepdim=True)
     return (weight * activation).sum(dim=1).relu()
 
 
@@ -207,7 +208,7 @@ def full_grad(terms: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     """
     maps = []
     for term in terms:
-        if term.ndim == 2 + len(size) and term[0, 0].numel() > 1:
+        if term.ndim == 2 + len(size) and term.shape[2:].numel() > 1:
             size_of_term, of_image = term.abs(), tuple(range(1, term.ndim))
             low, high = size_of_term.amin(dim=of_image, keepdim=True), size_of_term.amax(dim=of_image, keepdim=True)
             span = high - low

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from cgc_reg import metrics
 from cgc_reg._checks import check_choice
+from cgc_reg.energy import Boxes
 
 
 class _OverSums(Metric):
@@ -32,12 +33,19 @@ class _OverSums(Metric):
         for name in measure.sums:
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
 
-    @override
-    def update(self, *maps: Any, **options: Any) -> None:
+    def _count(self, *maps: Any, **options: Any) -> None:
+        # `merge_state` and `load_state_dict` bring sums that this object has not counted itself.
+        brought = {name: getattr(self, name) - counted for name, counted in self._counted().items()}
         self.measure.update(*maps, **options)
-        # Added up in float64 there: here each is rounded once.
-        for name, total in self.measure.sums.items():
-            setattr(self, name, torch.as_tensor(total, dtype=torch.float32, device=self.device))
+        for name, counted in self._counted().items():
+            setattr(self, name, brought[name] + counted)
+
+    def _counted(self) -> dict[str, Tensor]:
+        """Return the measure's own sums, added up in float64 and rounded once."""
+        return {
+            name: torch.as_tensor(total, dtype=torch.float32, device=self.device)
+            for name, total in self.measure.sums.items()
+        }
 
     @override
     def compute(self) -> Tensor:
@@ -86,6 +94,11 @@ class Consistency(_OverSums):
     def __init__(self, value: str = "loss", *, temperature: float = 0.5, batch_size: int = 64, **options: Any) -> None:
         super().__init__(metrics.Consistency(temperature=temperature, batch_size=batch_size), value, **options)
 
+    @override
+    def update(self, query: Tensor, key: Tensor) -> None:
+        """Take in a batch, as :meth:`cgc_reg.Consistency.update` does."""
+        self._count(query, key)
+
 
 class ContentHeatmap(_OverSums):
     r"""One value of :class:`cgc_reg.ContentHeatmap`, as a metric of torchmetrics.
@@ -104,3 +117,15 @@ class ContentHeatmap(_OverSums):
 
     def __init__(self, value: str = "content_heatmap", **options: Any) -> None:
         super().__init__(metrics.ContentHeatmap(), value, **options)
+
+    @override
+    def update(
+        self,
+        heatmaps: Tensor,
+        masks: Tensor | None = None,
+        *,
+        boxes: Boxes | None = None,
+        image_size: tuple[int, ...] | None = None,
+    ) -> None:
+        """Take in a batch, as :meth:`cgc_reg.ContentHeatmap.update` does."""
+        self._count(heatmaps, masks, boxes=boxes, image_size=image_size)

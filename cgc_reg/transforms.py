@@ -313,11 +313,14 @@ def _check_matrix(matrix: Tensor, size: Sequence[int]) -> None:
     if matrix.device.type != "cpu":  # reading it on a GPU would make that wait
         return
     wide = at_least_float32(matrix)
+    broken = ~wide.flatten(1).isfinite().all(dim=1)
+    if broken.any():
+        raise ValueError(f"`matrix` must hold finite numbers; got {wide[broken][0].tolist()}.")
     linear = wide[:, :dims, :dims]
     terms = [linear[:, range(dims), order].abs().prod(dim=1) for order in permutations(range(dims))]
     determinant = _determinant(linear, _adjugate(linear)).abs()
     rounding = 4 * torch.finfo(wide.dtype).eps * torch.stack(terms).sum(dim=0)
-    singular = ~(determinant > rounding)  # also where it is not a number
+    singular = determinant <= rounding
     if singular.any():
         raise ValueError(
             f"`matrix` must hold maps that can be inverted; got the linear part {linear[singular][0].tolist()}."

@@ -33,6 +33,20 @@ def test_python_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
         assert torch.as_tensor(getattr(loss, "loss", loss)).isfinite().all()
 
 
+def test_each_method_of_other_papers_has_a_gradient(tmp_path):
+    torch.manual_seed(0)
+    names, losses = names_for("papers.md", tmp_path), []
+
+    def look(names):
+        if "loss" in names:
+            losses.append(names.pop("loss"))
+            gradients = torch.autograd.grad(losses[-1], list(names["model"].parameters()))
+            assert all(gradient.isfinite().all() for gradient in gradients)
+
+    run_blocks(PAGES["papers.md"], names, after=look)
+    assert len(losses) > 6
+
+
 def names_for(page, folder):
     """Return what a page takes for granted."""
     x, y = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import laws, noise, seeds, sizes, uniform
+from torchvision.tv_tensors import BoundingBoxes
 
 from cgc_reg import ContentHeatmap, content_heatmap, energy_loss, object_coverage, pointing_game
 
@@ -268,6 +269,28 @@ def test_batch_without_an_object_costs_nothing_and_has_a_gradient(where, reducti
     assert heatmap.grad.tolist() == [[[0, 0], [0, 0]]]
 
 
+def test_what_counts_for_nothing_may_be_nan():
+    heatmap, masks = noise(0, 3, 4, 4), torch.zeros(3, 8, 8)
+    masks[0, :3] = 1
+    masks[1] = math.nan  # where the object is unknown
+    heatmap[2, 1] = math.nan
+    heatmap.requires_grad_()
+    loss = energy_loss(heatmap, masks)
+    assert loss == energy_loss(heatmap[:1], masks[:1])
+    loss.backward()
+    assert heatmap.grad[0].any()
+    assert not heatmap.grad[1:].any()
+
+
+def test_boxes_that_know_their_format_are_read_in_it():
+    corners = torch.tensor([[2.0, 1.0, 7.0, 4.0]])
+    sizes = BoundingBoxes(torch.tensor([[2.0, 1.0, 5.0, 3.0]]), format="XYWH", canvas_size=(8, 8))
+    heatmap, size = noise(0, 1, 4, 4).abs(), (8, 8)
+    expected = content_heatmap(heatmap, boxes=corners, image_size=size)
+    assert content_heatmap(heatmap, boxes=sizes, image_size=size) == expected
+    assert content_heatmap(heatmap, boxes=[sizes], image_size=size) == expected
+
+
 def test_empty_batch_costs_nothing():
     heatmap = torch.zeros(0, 2, 2, requires_grad=True)
     for where in ({"masks": torch.zeros(0, 4, 4)}, {"boxes": [], "image_size": (4, 4)}):
@@ -321,6 +344,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         ({"heatmap": torch.ones(1, 2, 2).long()}, ValueError, r"`heatmap` must be floating-point heatmaps of shape"),
         ({"heatmap": None}, TypeError, r"`heatmap` must be a tensor of heatmaps"),
         ({"masks": torch.ones(2, 2, 2)}, ValueError, r"`masks` must be of shape \(1, H, W\)"),
+        ({"masks": torch.full((1, 4, 4), 255.0)}, ValueError, "`masks` must be from 0 to 1 .* got values from 255 to"),
         ({"masks": None}, ValueError, "Exactly one of `masks` and `boxes` must be given; got neither"),
         ({"boxes": torch.ones(1, 4)}, ValueError, "Exactly one of `masks` and `boxes` must be given; got both"),
         ({"image_size": (2, 2)}, ValueError, "`image_size` must be given with `boxes` alone"),

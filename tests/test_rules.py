@@ -137,6 +137,14 @@ def test_xgrad_cam_is_grad_cam_where_the_gradient_is_the_same_everywhere():
     torch.testing.assert_close(xgrad_cam(activation, gradient), grad_cam(activation, gradient))
 
 
+def test_grad_cam_plus_plus_has_no_pole_where_maps_are_not_negative():
+    activation, gradient = torch.ones(1, 1, 2, 2, requires_grad=True), torch.full((1, 1, 2, 2), -0.5).requires_grad_()
+    heatmap = grad_cam_plus_plus(activation, gradient)  # 2 + d S = 0
+    assert not heatmap.any()
+    for found in torch.autograd.grad(heatmap.sum(), (activation, gradient)):
+        assert found.isfinite().all()
+
+
 def test_grad_cam_plus_plus_is_positive_grad_cam_for_small_scores():
     activation, gradient = pair(0)
     by_mean = positive_grad_cam(activation.abs(), 1e-9 * gradient)

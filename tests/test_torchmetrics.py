@@ -52,7 +52,7 @@ def test_a_collection_takes_in_each_batch_once(which, monkeypatch):
     theirs.update(*maps)  # the first one finds out which share their states
     calls = []
     update = type(ours).update
-    monkeypatch.setattr(type(ours), "update", lambda self, *given: calls.append(1) or update(self, *given))
+    monkeypatch.setattr(type(ours), "update", lambda *given, **more: calls.append(1) or update(*given, **more))
     theirs.update(*maps)
     assert len(calls) == 1
 
@@ -65,6 +65,31 @@ def test_a_call_returns_the_value_of_its_batch_and_takes_it_in():
         assert float(metric(QUERY[batch], KEY[batch])) == pytest.approx(own.compute()["margin"], nan_ok=True)
     whole.update(QUERY, KEY)
     torch.testing.assert_close(metric.compute(), whole.compute())
+
+
+def test_what_is_merged_and_loaded_is_counted_with_what_follows():
+    images, masks = torch.cat([QUERY] * 3), torch.cat([MASKS > 0.5] * 3)
+    whole, first, second = (ContentHeatmap() for _ in range(3))
+    whole.update(images, masks)
+    first.update(QUERY, MASKS > 0.5)
+    second.update(QUERY, MASKS > 0.5)
+    first.merge_state(second)
+    first.update(QUERY, MASKS > 0.5)
+    torch.testing.assert_close(first.compute(), whole.compute())
+    loaded = ContentHeatmap("count")
+    loaded.persistent(True)
+    second.persistent(True)
+    loaded.load_state_dict(second.state_dict())
+    loaded.update(QUERY, MASKS > 0.5)
+    assert float(loaded.compute()) == 2 * len(QUERY)
+
+
+def test_a_collection_gives_each_its_own_keywords():
+    both = MetricCollection([Consistency("margin", batch_size=4), ContentHeatmap()])
+    both.update(query=QUERY, key=KEY, heatmaps=QUERY, masks=MASKS > 0.5)
+    alone = ContentHeatmap()
+    alone.update(QUERY, MASKS > 0.5)
+    torch.testing.assert_close(both.compute()["ContentHeatmap"], alone.compute())
 
 
 def test_metrics_are_copied_and_pickled_with_what_they_have_seen():

@@ -801,7 +801,8 @@ def changed(*entries, value):
         ),
         (lambda: from_matrix(changed((0, 0), (0, 1), (1, 0), value=1.0)), ValueError, r"be inverted; got the linear"),
         (lambda: from_matrix(ALMOST_SINGULAR), ValueError, r"can be inverted; got the linear part"),
-        (lambda: from_matrix(changed((0, 0), value=math.nan)), ValueError, r"can be inverted; got .*nan"),
+        (lambda: from_matrix(changed((0, 0), value=math.nan)), ValueError, r"must hold finite numbers; got .*nan"),
+        (lambda: from_matrix(changed((0, 2), value=math.nan)), ValueError, r"must hold finite numbers; got .*nan"),
         (lambda: from_matrix(changed((2, 0), value=0.25)), ValueError, r"last row, .* got \[0.25, 0.0, 1.0\]"),
         (lambda: from_matrix(changed((2, 1), value=0.25)), ValueError, r"last row, .* got \[0.0, 0.25, 1.0\]"),
         (

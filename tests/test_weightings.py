@@ -106,6 +106,21 @@ def test_a_function_of_ones_own_gets_logits_and_target_and_trains_nothing():
     torch.testing.assert_close(gradients(out.loss, model), gradients(expected, plain))
 
 
+def test_a_function_may_write_on_what_it_gets_and_is_not_trained():
+    weights = torch.nn.Parameter(torch.ones(4, dtype=X.dtype))
+
+    def weigh(logits, target):
+        logits.zero_()
+        target.zero_()
+        return weights
+
+    out, expected = reg(weighting=weigh).compute(net(), X, Y), reg().compute(net(), X, Y)
+    assert_same((out.logits, out.target, out.loss), (expected.logits, expected.target, expected.loss))
+    assert not out.scalars["weight"].requires_grad
+    out.loss.backward()
+    assert weights.grad is None
+
+
 def test_images_may_be_chosen_by_a_mask():
     out = reg(weighting=lambda logits, target: target > 0).compute(net(), X, Y)
     expected = reg(reduction="none").compute(net(), X, Y).loss
