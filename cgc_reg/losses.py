@@ -126,7 +126,8 @@ def energy_loss(
     gradient of zero.
 
     Args:
-        heatmap: g, (n, h, w), in the graph, at any resolution; of volumes (n, d, h, w), of signals (n, length).
+        heatmap: g, (n, h, w), in the graph, at any resolution up to the masks'; of volumes (n, d, h, w), of signals
+            (n, length).
         masks: m, (n, H, W), bool or from 0 to 1; of integers, such as 0 and 255, all but 0 count as 1. Zeros
             everywhere for an image without an object, or whose object is not known.
         boxes: in place of masks, as for :func:`content_heatmap`: (n, 4), or a list of n tensors (k, 4); k is 0 for an
