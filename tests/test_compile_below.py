@@ -333,6 +333,42 @@ class WithTail(Net):
         return self.head(self.tail(self.body(self.stem(x))).mean(dim=(2, 3)))
 
 
+class Around(nn.Module):
+    """Runs two parts in checkpoints, the first of which holds the layer, or both in one."""
+
+    def __init__(self, together):
+        super().__init__()
+        model = net()
+        self.trunk, self.head, self.together = nn.Sequential(model.stem, model.body), model.head, together
+        self.tail = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).double()
+
+    def forward(self, x):
+        if self.together:
+            x = checkpoint(lambda x: self.tail(self.trunk(x)), x, use_reentrant=False)
+        else:
+            x = checkpoint(self.tail, checkpoint(self.trunk, x, use_reentrant=False), use_reentrant=False)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(("part", "together"), [("trunk", False), ("tail", False), ("tail", True)])
+@pytest.mark.parametrize("by_call", [False, True])
+@pytest.mark.filterwarnings("ignore:.*runs as written")
+@pytest.mark.filterwarnings("ignore:A BatchNorm behind")
+def test_a_checkpoint_around_what_runs_as_written_gives_the_uncompiled_step(together, part, by_call):
+    found = []
+    for compiles_it in (True, False):
+        model = Around(together).double()
+        layer = model.get_submodule(part)
+        if compiles_it and by_call:
+            layer.compile(backend="aot_eager")
+        elif compiles_it:
+            layer.forward = torch.compile(layer.forward, backend="aot_eager")
+        loss = compute_step(CGCRegularizer("trunk.1", generator=generator(0)), model)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert_equal(*found)
+
+
 @pytest.mark.parametrize("bn_mode", ["preserve", "eval"])
 def test_a_checkpoint_inside_what_runs_as_written_is_seen(bn_mode):
     results = []

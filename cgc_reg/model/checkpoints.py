@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from cgc_reg.model.graph import nodes
 
@@ -75,6 +76,18 @@ def watched_as_written(part: nn.Module) -> Iterator[None]:
     watch = _WATCH.get()
     with nullcontext() if watch is None else watch.hooked(part.modules()):
         yield
+
+
+@contextmanager
+def stored() -> Iterator[None]:
+    """Have what runs here store what its backward needs, where a checkpoint would run it again, and compiled then."""
+    inside = torch.is_grad_enabled() and _inside_checkpoint()
+    with saved_tensors_hooks(_same, _same) if inside else nullcontext():
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def has_reentrant_checkpoint(logits: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cgc_reg._warn import warn_once
-from cgc_reg.model.checkpoints import note_if_run_again, watched_as_written
+from cgc_reg.model.checkpoints import note_if_run_again, stored, watched_as_written
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.settings import attribute, own_forward
 from cgc_reg.model.wrappers import ExposedLayer, holds_original, inside_data_parallel, unwrap
@@ -125,7 +125,7 @@ def _until(
             if not is_past():
                 return compiled(*args, **kwargs)
             lose()
-            with uncompiled(region), as_written(region), watched_as_written(region):
+            with uncompiled(region), as_written(region), watched_as_written(region), stored():
                 return written(*args, **kwargs)
 
         return run
@@ -153,10 +153,18 @@ def _as_written(module: nn.Module) -> Iterator[None]:
     forward = _original_forward(module)
     with ExitStack() as stack:
         if forward is not None:
-            stack.enter_context(own_forward(module, forward))
+            stack.enter_context(own_forward(module, _storing(forward)))
         if module._compiled_call_impl is not None:
-            stack.enter_context(attribute(module, "_compiled_call_impl", None))
+            stack.enter_context(attribute(module, "_compiled_call_impl", _storing(module._call_impl)))
         yield
+
+
+def _storing(call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with stored():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def _is_compiled(module: nn.Module) -> bool:
