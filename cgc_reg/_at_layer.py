@@ -37,8 +37,7 @@ class AtLayer:
     reshape_transform: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.target_layer is not None:
-            check_layer(self.target_layer, or_none=", or None")
+        check_layer(self.target_layer, or_none=True)
         check_function("output_fn", self.output_fn)
         check_function("reshape_transform", self.reshape_transform)
 

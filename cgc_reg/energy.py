@@ -44,7 +44,7 @@ def object_masks(
     if not masks.is_floating_point():
         return masks != 0
     # On a GPU the values are not looked at, which would make that wait.
-    if masks.device.type == "cpu" and ((masks < 0) | (masks > 1)).any():
+    if masks.device.type == "cpu" and not ((masks >= 0) & (masks <= 1)).all():
         raise ValueError(
             f"`masks` must be from 0 to 1 where they are floating-point; got values from {masks.min():g} to "
             f"{masks.max():g}. Pass `masks > 0`, or divide by the highest value."
@@ -97,8 +97,8 @@ def box_masks(boxes: Tensor, image_size: Sequence[int]) -> Tensor:
 
 
 def has_object(masks: Tensor) -> Tensor:
-    """Tell which masks (n, H, W) mark anything, (n,)."""
-    return (masks > 0).flatten(1).any(dim=1)
+    """Tell which masks (n, H, W) mark anything, (n,). What is not a number does: it must show."""
+    return ~(masks <= 0).flatten(1).all(dim=1)
 
 
 def energy_maps(heatmaps: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cgc_reg._checks import check_maps, check_pair, check_positive, describe, is_number
-from cgc_reg._enlarge import highest_points
+from cgc_reg._peaks import highest_points
 from cgc_reg._precision import without_autocast
 from cgc_reg.energy import Boxes, energies, energy_maps, has_object, object_masks
 from cgc_reg.losses import info_nce, unit_maps

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cgc_reg._checks import check_images, check_maps, check_pair, describe
-from cgc_reg._enlarge import enlarge, highest_points
+from cgc_reg._enlarge import enlarge
+from cgc_reg._peaks import highest_points
 from cgc_reg.losses import unit_maps
 
 if TYPE_CHECKING:

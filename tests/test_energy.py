@@ -12,6 +12,7 @@ from strategies import laws, noise, seeds, sizes, uniform
 from torchvision.tv_tensors import BoundingBoxes
 
 from cgc_reg import ContentHeatmap, content_heatmap, energy_loss, object_coverage, pointing_game
+from cgc_reg.energy import has_object
 
 
 def each_loss(*arguments, **options):
@@ -269,17 +270,25 @@ def test_batch_without_an_object_costs_nothing_and_has_a_gradient(where, reducti
     assert heatmap.grad.tolist() == [[[0, 0], [0, 0]]]
 
 
-def test_what_counts_for_nothing_may_be_nan():
-    heatmap, masks = noise(0, 3, 4, 4), torch.zeros(3, 8, 8)
+def test_a_heatmap_that_counts_for_nothing_leaves_no_nan_in_the_gradient():
+    heatmap, masks = noise(0, 2, 4, 4), torch.zeros(2, 8, 8)
     masks[0, :3] = 1
-    masks[1] = math.nan  # where the object is unknown
-    heatmap[2, 1] = math.nan
+    heatmap[1, 1] = math.nan
     heatmap.requires_grad_()
     loss = energy_loss(heatmap, masks)
     assert loss == energy_loss(heatmap[:1], masks[:1])
     loss.backward()
     assert heatmap.grad[0].any()
-    assert not heatmap.grad[1:].any()
+    assert not heatmap.grad[1].any()
+
+
+def test_a_mask_that_is_no_number_marks_something():
+    """On a GPU, where the values of masks are not looked at, the loss shows it; elsewhere it is refused."""
+    masks = torch.zeros(3, 2, 2)
+    masks[1], masks[2, 0, 0] = math.nan, 1
+    assert has_object(masks).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match=r"`masks` must be from 0 to 1 .* got values from nan to nan"):
+        energy_loss(noise(0, 3, 2, 2), masks)
 
 
 def test_boxes_that_know_their_format_are_read_in_it():

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which modules the backward will run again."""
+"""Gradient checkpointing: which modules the backward will run again, and how it does not."""
 
 from __future__ import annotations
 

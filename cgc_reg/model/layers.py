@@ -23,7 +23,7 @@ def telling_dimensions(model: nn.Module, x: Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever a model's code raises; it is raised again, or from here
         known = {
             dims
             for dims, kind in enumerate(CONVOLUTIONS, start=1)
@@ -39,12 +39,13 @@ def telling_dimensions(model: nn.Module, x: Tensor) -> Iterator[None]:
         ) from error
 
 
-def check_layer(target_layer: object, *, or_none: str = "") -> None:
-    """Refuse what names no layer; `or_none` says that None is allowed."""
-    if not isinstance(target_layer, nn.Module) and (not isinstance(target_layer, str) or not target_layer):
+def check_layer(target_layer: object, *, or_none: bool = False) -> None:
+    """Refuse what names no layer."""
+    named = isinstance(target_layer, nn.Module) or (isinstance(target_layer, str) and target_layer)
+    if not named and not (or_none and target_layer is None):
         raise ValueError(
-            f"`target_layer` must be the dotted name of a layer, the layer itself{or_none}; got "
-            f"{describe(target_layer)}. Names: `dict(model.named_modules())`."
+            f"`target_layer` must be the dotted name of a layer, {'' if or_none else 'or '}the layer itself"
+            f"{', or None' if or_none else ''}; got {describe(target_layer)}. Names: `dict(model.named_modules())`."
         )
 
 
