@@ -157,7 +157,7 @@ def energy_loss(
     there = has_object(masks)
     out = ~there.view(-1, *[1] * (heatmap.ndim - 1))  # before anything is computed, so that no gradient is NaN there
     energy = scaled_to_peak(energy_maps(heatmap.masked_fill(out, 0), masks.shape[1:]))
-    on_object, everywhere = energies(energy, masks.masked_fill(out, 0))
+    on_object, everywhere = energies(energy, masks)
     share = on_object / everywhere.masked_fill(everywhere == 0, 1)
     loss = (1 - share).masked_fill(~there, 0)
     return loss.sum() / there.sum().clamp(min=1) if reduction == "mean" else reduce(loss, reduction)

@@ -463,7 +463,7 @@ def test_what_cannot_be_compiled_is_refused():
         compile_below(model, X, "bodi")
     for none in ("", None, 4, nn.Conv2d, GradCAM("body")):
         with pytest.raises(
-            ValueError, match="`target_layer` must be the dotted name of a layer, the layer itself; got"
+            ValueError, match="`target_layer` must be the dotted name of a layer, or the layer itself; got"
         ):
             compile_below(model, X, none)
     with pytest.raises(ValueError, match=r"Add the batch dimension with `x\[None\]`"):

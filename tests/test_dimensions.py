@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,13 @@ def test_a_rotation_is_one_in_space(size, seed, data):
     assert (torch.linalg.det(rotation) > 0).all()
 
 
+def test_numbers_of_numpy_are_numbers():
+    spacing = np.float32([2.5, 0.7, 0.7])  # as a file of a scan gives it
+    theirs = RandomAffine(30, spacing=tuple(spacing)).sample(2, (4, 8, 8), generator=generator(0))
+    ours = RandomAffine(30, spacing=tuple(map(float, spacing))).sample(2, (4, 8, 8), generator=generator(0))
+    torch.testing.assert_close(theirs.theta, ours.theta, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
@@ -247,6 +255,7 @@ def test_a_rotation_is_one_in_space(size, seed, data):
         (lambda: RandomAffine(0, shear=5).sample(1, (8, 8, 8)), r"`shear` must be None, but for images; got 5"),
         (lambda: RandomAffine(0, translate=(0.1, 0.1)).sample(1, (8, 8, 8)), r"`translate` must be as long as .*, 3"),
         (lambda: RandomAffine(0, spacing=(1.0, 1.0)).sample(1, (8, 8, 8)), r"`spacing` must be as long as .*, 3"),
+        (lambda: RandomAffine(0, spacing=("1", 1.0)), r"`spacing` must be a positive number for each axis"),
         (lambda: RandomAffine(0, spacing=(1.0, 0.0)), r"`spacing` must be a positive number for each axis"),
         (lambda: RandomResizedCropFlip(flip_p=(0.5, 0.5)).sample(1, (8, 8, 8)), r"one for each of the 3 axes; got"),
         (lambda: RandomResizedCropFlip(flip_p=(0.5,)).sample(1, (8, 8)), r"one for each of the 2 axes; got \(0.5,\)"),

@@ -180,6 +180,10 @@ def test_full_grad_of_a_term_of_one_value_is_finite():
     assert term.grad.isfinite().all()
 
 
+def test_full_grad_of_an_empty_batch_is_empty():
+    assert full_grad([torch.rand(0, 3, 8, 8), torch.rand(0, 2, 4, 4)], (8, 8)).shape == (0, 8, 8)
+
+
 @laws
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_closed_form_of_average_pooling_and_a_linear_head(seed, h, w):

@@ -554,6 +554,7 @@ def test_what_draws_nothing_is_refused_by_its_place(sampler):
             lambda: RandomAffine(degrees=(1, 2, 3)),
             r"`degrees` must be a number, .* three .* got \(1, 2, 3\)",
         ),
+        (lambda: RandomAffine(degrees=((0, 1), (0, 1))), r"`degrees` must be a number, .* three .* got \(\(0, 1\), "),
         (lambda: RandomAffine(degrees="30"), r"`degrees` must be two numbers .* got '30'"),
         (lambda: RandomAffine(0, translate=0.1), r"`translate` must be shares from 0 to 1, .* got 0.1"),
         (lambda: RandomAffine(0, translate=()), r"`translate` must be shares .* got \(\)"),

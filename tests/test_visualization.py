@@ -183,6 +183,8 @@ def test_bad_input_is_refused(compared):
         overlay(x, heatmaps, mean=MEAN, std=[0.5])
     with pytest.raises(ValueError, match="the images that `out` was computed from"):
         pair_columns(x[:2], out)
+    with pytest.raises(ValueError, match=r"`x` must be images .* Of volumes take `peak_slices`"):
+        pair_columns(x[:, :, None], out)
     with pytest.raises(ValueError, match="must have one shape"):
         similarity_matrix(out.query, out.key[:2])
     with pytest.raises(ValueError, match="tensors of one length"):
