@@ -33,9 +33,9 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def without_autocast_cache(x: Tensor) -> Iterator[None]:
     """Keep weights that autocast casts here, where the tensor is, out of its cache.
 
-    A cast made under ``no_grad`` has no graph; taken from the cache by a later training pass, it would cut its weight
-    off from the loss without a word. Without autocast the setting stays, since a compiled part that finds another one
-    is compiled anew.
+    Older versions of PyTorch cache a cast made under ``no_grad`` without its graph (pull request 165068 mended that);
+    a later training pass that took it would cut its weight off from the loss without a word. Without autocast the
+    setting stays, since a compiled part that finds another one is compiled anew.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(enabled and not _autocasts(x))

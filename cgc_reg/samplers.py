@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgc_reg._checks import check_probability, check_range, check_sampler, check_size, describe, is_number
-from cgc_reg.transforms import SpatialTransform
+from cgc_reg.transforms import SpatialTransform, by_side
 
 
 class TransformSampler(Protocol):
@@ -111,8 +112,7 @@ class RandomResizedCropFlip:
             raise ValueError(
                 f"`flip_p` must be a number, or one for each of the {dims} axes; got {describe(self.flip_p)}."
             )
-        draws = _uniform(0, 1, (batch_size, len(chances)), device, generator).unbind(dim=1)
-        flips = torch.stack([draw < chance for draw, chance in zip(draws, chances, strict=True)], dim=1)
+        flips = by_side(torch.lt, _uniform(0, 1, (batch_size, len(chances)), device, generator), chances)
         flips = F.pad(flips, (dims - len(chances), 0))
         return _move(SpatialTransform.from_crop(start, size, flips, image_size=image_size), device)
 
@@ -140,7 +140,7 @@ class RandomResizedCropFlip:
             extents = [share.pow(1 / len(sides)) * side * factor for side, factor in zip(sides, own, strict=True)]
         extents = [extent.round() for extent in extents]
         inside = [(extent >= 1) & (extent <= side) for extent, side in zip(extents, sides, strict=True)]
-        fits = torch.stack(inside).all(dim=0)
+        fits = reduce(torch.logical_and, inside)
         first = fits.int().argmax(dim=1, keepdim=True)  # of equals, argmax takes the first
         *extents, fits = (value.gather(1, first)[:, 0] for value in (*extents, fits))
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -108,9 +107,9 @@ class SpatialTransform:
                 f"`flip` must be a bool tensor of shape {tuple(start.shape)}, or None; got {describe(flip)}."
             )
         start, size = at_least_float32(start), at_least_float32(size)
-        scale = _by_side(torch.div, size, sides)
+        scale = by_side(torch.div, size, sides)
         scale = torch.where(flip, -scale, scale)
-        shift = _by_side(torch.div, 2 * start + size, sides) - 1
+        shift = by_side(torch.div, 2 * start + size, sides) - 1
         return cls(torch.cat([torch.diag_embed(scale.flip(1)), shift.flip(1)[:, :, None]], dim=2))
 
     @classmethod
@@ -152,11 +151,9 @@ class SpatialTransform:
         for column, n in zip(linear, inputs, strict=True):
             shift = shift + column * ((n - 1) / 2)
         # Now from centre to centre: the coordinates are these pixels, in halves of a side.
-        shift = _by_side(
-            torch.mul, _by_side(torch.sub, shift, [(m - 1) / 2 for m in outputs]), [2 / m for m in outputs]
-        )
+        shift = by_side(torch.mul, by_side(torch.sub, shift, [(m - 1) / 2 for m in outputs]), [2 / m for m in outputs])
         linear = [
-            _by_side(torch.mul, column, [n / m for m in outputs]) for column, n in zip(linear, inputs, strict=True)
+            by_side(torch.mul, column, [n / m for m in outputs]) for column, n in zip(linear, inputs, strict=True)
         ]
         return cls(torch.stack([*linear, shift], dim=2)).inverse()
 
@@ -203,12 +200,12 @@ class SpatialTransform:
         *linear, shift = self.inverse().theta.unbind(dim=2)
         inputs, outputs = size[::-1], output[::-1]  # as coordinates go
         linear = [
-            _by_side(torch.mul, column, [m / n for m in outputs]) for column, n in zip(linear, inputs, strict=True)
+            by_side(torch.mul, column, [m / n for m in outputs]) for column, n in zip(linear, inputs, strict=True)
         ]
-        shift = _by_side(torch.mul, shift, [m / 2 for m in outputs])
+        shift = by_side(torch.mul, shift, [m / 2 for m in outputs])
         for column, n in zip(linear, inputs, strict=True):
             shift = shift - column * ((n - 1) / 2)
-        shift = _by_side(torch.add, shift, [(m - 1) / 2 for m in outputs])
+        shift = by_side(torch.add, shift, [(m - 1) / 2 for m in outputs])
         result = F.pad(torch.stack([*linear, shift], dim=2), (0, 0, 0, 1))
         result[:, -1, -1] = 1
         return result
@@ -277,8 +274,10 @@ class SpatialTransform:
         return reduce(torch.logical_and, inside).to(self.theta.dtype)
 
 
-def _by_side(operation: Callable[..., Tensor], x: Tensor, sides: Sequence[float]) -> Tensor:
+def by_side(operation: Callable[..., Tensor], x: Tensor, sides: Sequence[float]) -> Tensor:
     """Change each column of (n, d) by a number of its own, where a tensor of numbers would make a GPU wait."""
+    if len(set(sides)) == 1:
+        return operation(x, sides[0])
     return torch.stack([operation(column, side) for column, side in zip(x.unbind(dim=1), sides, strict=True)], dim=1)
 
 
@@ -313,14 +312,12 @@ def _check_matrix(matrix: Tensor, size: Sequence[int]) -> None:
     if matrix.device.type != "cpu":  # reading it on a GPU would make that wait
         return
     wide = at_least_float32(matrix)
-    broken = ~wide.flatten(1).isfinite().all(dim=1)
-    if broken.any():
+    if not wide.isfinite().all():
+        broken = ~wide.flatten(1).isfinite().all(dim=1)
         raise ValueError(f"`matrix` must hold finite numbers; got {wide[broken][0].tolist()}.")
     linear = wide[:, :dims, :dims]
-    terms = [linear[:, range(dims), order].abs().prod(dim=1) for order in permutations(range(dims))]
-    determinant = _determinant(linear, _adjugate(linear)).abs()
-    rounding = 4 * torch.finfo(wide.dtype).eps * torch.stack(terms).sum(dim=0)
-    singular = determinant <= rounding
+    largest = linear.norm(dim=2).prod(dim=1)  # of all determinants of rows so long: Hadamard's inequality
+    singular = _determinant(linear, _adjugate(linear)).abs() <= 4 * torch.finfo(wide.dtype).eps * largest
     if singular.any():
         raise ValueError(
             f"`matrix` must hold maps that can be inverted; got the linear part {linear[singular][0].tolist()}."
