@@ -16,6 +16,7 @@ from cgc_reg.model.compilation import enclosing, is_compiled
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.hooks import forward_hook
 from cgc_reg.model.layers import check_layer, find_layer, telling_dimensions
+from cgc_reg.model.sharded import sharded_after
 from cgc_reg.model.state import left_as_found
 from cgc_reg.model.wrappers import unwrap
 
@@ -108,6 +109,7 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hook, and is compiled in a way of its own
                 stack.enter_context(forward_hook(module, end))
+        stack.enter_context(sharded_after(model))
         stack.enter_context(left_as_found(model))
         stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
         stack.enter_context(torch.no_grad())

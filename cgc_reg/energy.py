@@ -35,7 +35,11 @@ def object_masks(
     if boxes is not None:
         return box_masks(stacked_boxes(boxes, heatmaps), check_size("image_size", image_size, dims=dims))
     if not isinstance(masks, Tensor) or masks.ndim != dims + 1 or len(masks) != n:
-        repair = " Of heatmaps (n, 1, h, w) pass `heatmaps[:, 0]`." if heatmaps.shape[1:-2] == (1,) else ""
+        repair = ""
+        if isinstance(masks, Tensor) and masks.shape[:2] == (n, 1) and masks.ndim == dims + 2:
+            repair = " Pass `masks[:, 0]`."
+        elif heatmaps.shape[1:-2] == (1,):
+            repair = " Of heatmaps (n, 1, h, w) pass `heatmaps[:, 0]`."
         raise ValueError(f"`masks` must be of shape ({n}, {AXES[dims].title()}); got {describe(masks)}.{repair}")
     if image_size is not None:
         raise ValueError(
@@ -56,7 +60,9 @@ def stacked_boxes(boxes: Boxes, heatmaps: Tensor) -> Tensor:
     """Return the boxes as (n, k, 2 d); images with fewer than k of them are given empty ones too."""
     n, numbers = len(heatmaps), 2 * (heatmaps.ndim - 1)
     if isinstance(boxes, Tensor) and boxes.shape == (n, numbers):
-        return _as_corners(boxes)[:, None]
+        corners = _as_corners(boxes)
+        _check_corners([corners])
+        return corners[:, None]
     several = [] if isinstance(boxes, Tensor) or not isinstance(boxes, Sequence) else list(boxes)
     if len(several) != n or not all(isinstance(one, Tensor) and one.shape[1:] == (numbers,) for one in several):
         names = [f"{axis}_{end}" for end in ("min", "max") for axis in "xyz"[: numbers // 2]]
@@ -65,10 +71,12 @@ def stacked_boxes(boxes: Boxes, heatmaps: Tensor) -> Tensor:
             f"of shape (k, {numbers}); got {describe(boxes)}. For an image without a box, pass "
             f"`torch.zeros(0, {numbers})` in the list."
         )
+    several = [_as_corners(one) for one in several]
+    _check_corners(several)
     dtype = functools.reduce(torch.promote_types, [one.dtype for one in several], torch.float32)
     stacked = heatmaps.new_zeros(n, max(map(len, several), default=0), numbers, dtype=dtype)
     for i, one in enumerate(several):
-        stacked[i, : len(one)] = _as_corners(one)
+        stacked[i, : len(one)] = one
     return stacked
 
 
@@ -78,6 +86,27 @@ def _as_corners(boxes: Tensor) -> Tensor:
         return boxes
     corners: Tensor = convert_bounding_box_format(boxes, new_format=BoundingBoxFormat.XYXY)
     return corners.as_subclass(Tensor)
+
+
+def _check_corners(several: Sequence[Tensor]) -> None:
+    """Refuse boxes (k, 2 d) that mark nothing though they are to; on a GPU the values are not looked at."""
+    if not several or any(one.device.type != "cpu" for one in several):
+        return
+    boxes = torch.cat([one.double() for one in several])
+    low, high = boxes.chunk(2, dim=1)
+    wrong = ~(low <= high).all(dim=1)
+    if wrong.any():
+        raise ValueError(
+            f"`boxes` must be two corners, the lower numbers first; got {boxes[wrong][0].tolist()}. Boxes (x, y, "
+            "width, height) become such by `torchvision.ops.box_convert`."
+        )
+    marking = boxes[(low < high).all(dim=1)]
+    within_1 = len(marking) > 0 and bool(((marking >= 0) & (marking <= 1)).all())
+    if within_1 and any(one.is_floating_point() for one in several):
+        raise ValueError(
+            f"`boxes` must be in pixels; got none that reaches further than 1, such as {marking[0].tolist()}. Multiply "
+            "shares of an image by its sides: `boxes * torch.tensor([W, H, W, H])`."
+        )
 
 
 def box_masks(boxes: Tensor, image_size: Sequence[int]) -> Tensor:

@@ -43,8 +43,11 @@ class FullGrad:
 
     Terms are missing, and the sum is not the score, where a layer is no affine map: for other activations (a GELU, a
     sigmoid), for the norms that look at an image's own statistics (GroupNorm, LayerNorm), whose bias counts all the
-    same, and in training mode, where BatchNorm's statistics follow the batch. Missing too is what a model adds without
-    a layer, such as ``x + self.bias``, and the biases inside attention, of recurrent layers and of scripted parts.
+    same, and in training mode, where BatchNorm's statistics follow the batch. Missing too is what a model adds by
+    arithmetic of its own, such as ``x + self.bias`` or torchvision's ``FrozenBatchNorm2d``, and the biases inside
+    attention, of recurrent layers and of scripted parts. Heatmaps also leave out the terms of layers that see an image
+    in parts, such as a clip frame by frame; and they take the last dimension of a linear layer and of a LayerNorm for
+    channels.
 
     Args:
         output_fn: as for :class:`GradCAM`.

@@ -33,6 +33,11 @@ class _OverSums(Metric):
         for name in measure.sums:
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
 
+    def _tell_apart(self, **settings: float) -> None:
+        """Keep settings as states: a MetricCollection takes metrics whose states are equal for one and the same."""
+        for name, setting in settings.items():
+            self.add_state(name, torch.tensor(float(setting)), dist_reduce_fx="max")
+
     def _count(self, *maps: Any, **options: Any) -> None:
         # `merge_state` and `load_state_dict` bring sums that this object has not counted itself.
         brought = {name: getattr(self, name) - counted for name, counted in self._counted().items()}
@@ -93,6 +98,7 @@ class Consistency(_OverSums):
 
     def __init__(self, value: str = "loss", *, temperature: float = 0.5, batch_size: int = 64, **options: Any) -> None:
         super().__init__(metrics.Consistency(temperature=temperature, batch_size=batch_size), value, **options)
+        self._tell_apart(temperature=temperature, batch_size=batch_size)
 
     @override
     def update(self, query: Tensor, key: Tensor) -> None:

@@ -157,6 +157,19 @@ def test_a_step_is_the_uncompiled_one_and_both_passes_run_compiled(way, bn_mode)
     assert not backend.hooked
 
 
+@ways
+@pytest.mark.parametrize("bn_mode", ["preserve", "eval", "update"])
+def test_the_loops_own_pass_is_reused_compiled(way, bn_mode):
+    model, backend = compiled(way)
+    options = {"step": reuse_step, "bn_mode": bn_mode}
+    assert_equal(train(model, steps=2, **options), train(net(), steps=2, **options))
+    assert backend.runs == 2 * 4  # two parts, in two passes
+    assert not backend.hooked
+    graphs = backend.graphs
+    train(model, **options)
+    assert backend.graphs == graphs
+
+
 @pytest.mark.parametrize("backend", ["inductor"] * compiles)
 @pytest.mark.filterwarnings("ignore:Skipping serialization")  # its own, in torch 2.6
 def test_inductor_gives_the_step_but_for_rounding(backend):

@@ -141,7 +141,7 @@ def test_a_model_with_a_compiled_part_names_its_layers_as_if_it_were_not():
     expected = explain(plain, X, "features.3")
     assert_same(explain(model, X, "features.3"), expected)
     assert_same(explain(model, X, "features._orig_mod.3"), expected)
-    with GradCAM("features.3").reuse(model), pytest.warns(UserWarning, match="runs as written"):
+    with pytest.warns(UserWarning, match="runs as written"), GradCAM("features.3").reuse(model):
         assert_same(GradCAM("features.3")(model.eval(), X).heatmap.detach(), expected)
 
 

@@ -35,6 +35,7 @@ from cgc_reg import (
     compile_below,
     explain,
     expose_layer,
+    suggest_target_layer,
 )
 from cgc_reg.model.sharded import _groups
 
@@ -211,7 +212,7 @@ def compiled_ddp(rank):
     inner = network(nn.BatchNorm2d)
     model = DistributedDataParallel(torch.compile(expose_layer(inner, "features"), backend="aot_eager"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "The model is compiled")  # and would run as written
+        warnings.filterwarnings("error", "What is compiled of the model")  # would run as written
         return train(rank, model, inner, call, heatmap="class_activation", steps=2)
 
 
@@ -293,6 +294,21 @@ def gathered_meanwhile(rank, world):
     return {"ordered": ordered, "late": late, "after": after}
 
 
+def gathered_by_a_look(rank, world):
+    """Look at a sharded model before it has an optimizer; return which of its weights that left gathered."""
+    mesh, looks = init_device_mesh("cpu", (world,)), {}
+    for name, look in {
+        "suggest": lambda model: suggest_target_layer(model, X[SHARES[rank]]),
+        "compile": lambda model: compile_below(model, X[SHARES[rank]], "features", backend="eager"),
+    }.items():
+        model = network()
+        fully_shard(model.head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        look(model)
+        looks[name] = [name for name, each in model.named_parameters() if not hasattr(each, "full_tensor")]
+    return looks
+
+
 def failing(model, x, target):
     """Take the inner gradient, and fail."""
     x = x.detach().requires_grad_()
@@ -328,12 +344,19 @@ T_OF_VOLUMES = RandomResizedCropFlip().sample(len(X), VOLUMES.shape[2:], generat
 
 def volume_net():
     torch.manual_seed(0)
-    layers = nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 5)
+    layers = (
+        nn.Conv3d(2, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
     return nn.Sequential(*layers).double()
 
 
 def volume_step(model, share, **options):
-    out = CGCRegularizer("1", transform=Prepared(T_OF_VOLUMES[share]), **options).compute(model, VOLUMES[share])
+    out = CGCRegularizer("2", transform=Prepared(T_OF_VOLUMES[share]), **options).compute(model, VOLUMES[share])
     return F.cross_entropy(out.logits, Y[share]) + out.loss
 
 
@@ -370,6 +393,7 @@ def work(rank):
                 for name, loop in SHARDED_LOOPS.items()
             }
         results["gathered meanwhile"] = gathered_meanwhile(rank, world)
+        results["gathered by a look"] = gathered_by_a_look(rank, world)
         if RECOVERS:
             results["after an error"] = after_an_error(rank, world)
         accumulated = SHARDED_LOOPS[ACCUMULATED]
@@ -460,6 +484,13 @@ def test_only_weights_above_the_layer_stay_gathered_until_the_backward_is_over(r
     for result in results(world):
         expected = {"ordered": True, "late": [(True, False)], "after": 4 * [(True, True)]}
         assert result["gathered meanwhile"] == expected
+
+
+@worlds
+@needs_sharding
+def test_a_look_leaves_all_weights_sharded_for_the_optimizer(results, world):
+    for result in results(world):
+        assert result["gathered by a look"] == {"suggest": [], "compile": []}
 
 
 @worlds

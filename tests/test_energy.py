@@ -27,7 +27,11 @@ def updated(*arguments, **options):
 
 MEASURES = [content_heatmap, object_coverage, pointing_game]
 both_kinds = pytest.mark.parametrize("measure", [*MEASURES, updated, each_loss])
-corners = st.tuples(uniform(-3, 9), uniform(-3, 9), uniform(-1, 14), uniform(-1, 14))
+corners = (
+    st.tuples(uniform(-3, 9), uniform(-3, 9), uniform(0, 9), uniform(0, 9))
+    .map(lambda box: (box[0], box[1], box[0] + box[2], box[1] + box[3]))
+    .filter(lambda box: min(box) < 0 or max(box) > 1.1)  # others are taken for shares of an image
+)
 images_with_boxes = st.lists(st.lists(corners, max_size=3), min_size=1, max_size=4)
 
 
@@ -112,6 +116,31 @@ def test_boxes_of_a_list_may_be_of_several_types(measure):
 def test_boxes_of_other_shapes_are_refused(measure, boxes):
     with pytest.raises(ValueError, match=r"`boxes` must be of shape \(2, 4\).* or a list of 2 tensors.*zeros\(0, 4\)"):
         measure(torch.ones(2, 4, 4), boxes=boxes, image_size=(8, 8))
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([40.0, 40.0, 10.0, 50.0], r"the lower numbers first; got \[40.0, 40.0, 10.0, 50.0\]. .*box_convert"),
+        ([40, 40, 50, 10], r"the lower numbers first; got \[40.0, 40.0, 50.0, 10.0\]"),
+        ([math.nan, 1.0, 2.0, 3.0], r"the lower numbers first; got \[nan, 1.0, 2.0, 3.0\]"),
+        ([0.2, 0.0, 0.4, 1.0], r"must be in pixels; got .* such as \[0.2.*Multiply .*tensor\(\[W, H, W, H\]\)"),
+    ],
+)
+def test_boxes_that_would_mark_nothing_are_refused(measure, box, message):
+    empty = [0] * 4
+    for boxes in (torch.tensor([box, empty]), [torch.tensor([empty, box]), torch.zeros(0, 4)]):
+        with pytest.raises(ValueError, match=message):
+            measure(torch.ones(2, 4, 4), boxes=boxes, image_size=(64, 64))
+
+
+@both_kinds
+def test_one_pixel_may_be_a_box(measure):
+    corner = torch.zeros(1, 4, 4, dtype=torch.bool)
+    corner[0, 0, 0] = True
+    found = measure(noise(0, 1, 4, 4), boxes=torch.tensor([[0, 0, 1, 1]]), image_size=(4, 4))
+    torch.testing.assert_close(found, measure(noise(0, 1, 4, 4), corner), equal_nan=True)
 
 
 NOWHERE = {
@@ -353,6 +382,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         ({"heatmap": torch.ones(1, 2, 2).long()}, ValueError, r"`heatmap` must be floating-point heatmaps of shape"),
         ({"heatmap": None}, TypeError, r"`heatmap` must be a tensor of heatmaps"),
         ({"masks": torch.ones(2, 2, 2)}, ValueError, r"`masks` must be of shape \(1, H, W\); got [^.]*\.$"),
+        ({"masks": torch.ones(1, 1, 4, 4)}, ValueError, r"got .* \(1, 1, 4, 4\)\. Pass `masks\[:, 0\]`\.$"),
         ({"heatmap": torch.ones(1, 1, 2, 2)}, ValueError, r"Of heatmaps \(n, 1, h, w\) pass `heatmaps\[:, 0\]`"),
         ({"masks": torch.full((1, 4, 4), 255.0)}, ValueError, "`masks` must be from 0 to 1 .* got values from 255 to"),
         ({"masks": None}, ValueError, "Exactly one of `masks` and `boxes` must be given; got neither"),

@@ -110,20 +110,6 @@ def test_content_of_a_box_by_hand():
     assert content_heatmap(torch.ones(1, 1, 1), boxes=box, image_size=(3, 4)).item() == 0.5
 
 
-@laws
-@given(seeds, sizes(), st.lists(st.tuples(*[uniform(-3, 14)] * 4), min_size=1, max_size=3), st.booleans())
-def test_boxes_are_the_masks_that_they_describe(seed, size, corners, whole):
-    boxes = torch.tensor(corners).long() if whole else torch.tensor(corners)
-    masks = torch.zeros(len(boxes), *size)
-    for i, (x_min, y_min, x_max, y_max) in enumerate(boxes.tolist()):
-        for y in range(size[0]):
-            for x in range(size[1]):
-                masks[i, y, x] = x_min <= x + 0.5 < x_max and y_min <= y + 0.5 < y_max
-    heatmaps = noise(seed, len(boxes), 3, 2)
-    content = content_heatmap(heatmaps, boxes=boxes, image_size=size)
-    torch.testing.assert_close(content, content_heatmap(heatmaps, masks), rtol=0, atol=0, equal_nan=True)
-
-
 def torchray_content(heatmap, annotation, size):
     """The authors' evaluation of one image, written out, with the annotation in pixels from 1, both ends included."""
     h, w = len(heatmap), len(heatmap[0])

@@ -598,13 +598,17 @@ def test_attention_is_unfused_above_the_layer_and_no_longer():
     assert seen == [False]
 
 
-def test_a_compiled_model_is_not_compiled_again():
+def test_a_compiled_model_runs_as_written_and_is_not_compiled_again():
     torch.compiler.reset()
     model, graphs = relu_net(), []
     compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     compiled(X)
-    with regularizer().reuse(compiled):
-        compiled(X)
+    passes = counted(model)
+    with pytest.warns(UserWarning, match="runs as written"):
+        reused_step(regularizer(), compiled)
+    assert len(passes) == 2
+    model.features[0]._forward_hooks.clear()
+    compiled(X)
     assert len(graphs) == 1
 
 

@@ -57,6 +57,19 @@ def test_a_collection_takes_in_each_batch_once(which, monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_collection_keeps_other_settings_apart():
+    settings = [(0.5, 4), (0.1, 4), (0.5, 8)]
+    theirs = MetricCollection(
+        {str(i): Consistency(temperature=tau, batch_size=size) for i, (tau, size) in enumerate(settings)}
+    )
+    for batch in BATCHES:  # the first one, by which a collection tells which are one, fills no group
+        theirs.update(QUERY[batch], KEY[batch])
+    for i, (tau, size) in enumerate(settings):
+        own = cgc_reg.Consistency(temperature=tau, batch_size=size)
+        own.update(QUERY, KEY)
+        assert float(theirs.compute()[str(i)]) == pytest.approx(own.compute()["loss"], rel=1e-6)
+
+
 def test_a_call_returns_the_value_of_its_batch_and_takes_it_in():
     metric, whole = Consistency("margin", batch_size=4), Consistency("margin", batch_size=4)
     for batch in BATCHES:

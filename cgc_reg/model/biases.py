@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cgc_reg._precision import at_least_float32
@@ -51,7 +51,7 @@ def kept_biases() -> Iterator[list[Bias]]:
 
     They are found at the operations, whatever module calls them: convolutions, linear layers and norms. BatchNorm has
     an implicit bias, :math:`\beta - \gamma \mu / \sigma`, with the statistics that it normalises with. What a model
-    adds by another operation, such as ``x + self.bias``, is not found.
+    adds by another operation, such as ``x + self.bias``, is not found. Weights that are normalised add nothing.
     """
     found: list[Bias] = []
     with _Watch(found):
@@ -68,7 +68,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if function is F.batch_norm:
+        if function is F.batch_norm and not _is_weight(args[0] if args else kwargs["input"]):
             return self._keep(result, _by_channel(_implicit_bias(*args, **kwargs), result.ndim))
         if function in _ADDING:
             at, by_channel = _ADDING[function]
@@ -85,12 +85,21 @@ class _Watch(TorchFunctionMode):
         return result + place
 
 
+def _is_weight(x: Tensor) -> bool:
+    """Tell whether a tensor is a parameter in another shape, as in a convolution that normalises its weight."""
+    node, variable = x.grad_fn, x if x._base is None else x._base
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+        variable = getattr(node, "variable", variable)
+    return isinstance(variable, nn.Parameter)
+
+
 def _by_channel(bias: Callable[[], Tensor], ndim: int) -> Callable[[], Tensor]:
     return lambda: bias().view(-1, *[1] * (ndim - 2))
 
 
 def _implicit_bias(
-    x: Tensor,
+    input: Tensor,  # noqa: A002  # as F.batch_norm has it
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -103,7 +112,7 @@ def _implicit_bias(
     mean, variance = running_mean, running_var
     if training or mean is None or variance is None:
         with torch.no_grad():
-            variance, mean = torch.var_mean(at_least_float32(x), dim=[0, *range(2, x.ndim)], correction=0)
+            variance, mean = torch.var_mean(at_least_float32(input), dim=[0, *range(2, input.ndim)], correction=0)
 
     def make() -> Tensor:
         shift = -mean * (variance + eps).rsqrt()

@@ -128,6 +128,7 @@ def _until(
             with uncompiled(region), as_written(region), watched_as_written(region), stored():
                 return written(*args, **kwargs)
 
+        run._torchdynamo_orig_callable = written  # type: ignore[attr-defined]  # compiled, also to a pass inside of this
         return run
 
     compiled_call, original = region._compiled_call_impl, _original_forward(region)

@@ -64,6 +64,22 @@ def through_shards(model: nn.Module, *, trains: bool) -> Iterator[Callable[[Tens
         yield hold
 
 
+@contextmanager
+def sharded_after(model: nn.Module) -> Iterator[None]:
+    """Free what a pass gathers, which no backward follows.
+
+    FSDP leaves the weights of the outermost module gathered for the backward. An optimizer made now would take those,
+    and train what no later pass reads.
+    """
+    groups = [group for state in _states(model) for group in _groups(state)]
+    sharded = [group for group in groups if group.is_sharded]
+    try:
+        yield
+    finally:
+        for group in sharded:
+            group.reshard()
+
+
 def _hold(state: Any, groups: list[Any], gradient: Tensor) -> None:
     """Gather groups of weights, and keep them until the backward that goes on is over."""
     backward = torch._C._current_graph_task_id()

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from cgc_reg._warn import warn_once
 from cgc_reg.model.settings import attribute
+from cgc_reg.model.sharded import is_sharded
 
 BatchNormMode = Literal["preserve", "update", "eval"]
 
@@ -51,7 +52,8 @@ def left_as_found(model: nn.Module, mode: BatchNormMode = "preserve") -> Iterato
             "`model` must be initialised by a pass of its own before one that leaves it as it was; got one whose lazy "
             "modules have not run. Call `model(x)` once, as before making the optimizer."
         )
-    versions = [_version(parameter) for parameter in parameters]
+    # To gather shards is to write them.
+    versions = [] if is_sharded(model) else [_version(parameter) for parameter in parameters]
     changed: list[nn.Module] = []
     copies: dict[Tensor, Tensor] = {}  # a tensor that two modules share has one copy
     with _attributes(modules, with_buffers=mode != "update"), ExitStack() as stack:

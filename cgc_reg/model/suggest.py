@@ -26,6 +26,7 @@ from cgc_reg.model.layers import (
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.own import own_pass
 from cgc_reg.model.settings import evaluation_mode
+from cgc_reg.model.sharded import sharded_after
 from cgc_reg.model.state import left_as_found
 from cgc_reg.model.turns import in_turn
 from cgc_reg.model.wrappers import unwrap
@@ -101,6 +102,7 @@ def _look(model: nn.Module, x: Tensor) -> tuple[list[_Map], list[str], Any]:
                         tokens.append(name)
 
                 stack.callback(module.register_forward_hook(keep).remove)
+        stack.enter_context(sharded_after(model))
         stack.enter_context(left_as_found(model))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(as_without_gradients())
