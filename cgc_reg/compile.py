@@ -16,7 +16,7 @@ from cgc_reg.model.compilation import enclosing, is_compiled
 from cgc_reg.model.given import ordinary
 from cgc_reg.model.hooks import forward_hook
 from cgc_reg.model.layers import check_layer, find_layer, telling_dimensions
-from cgc_reg.model.sharded import sharded_after
+from cgc_reg.model.sharded import is_sharded, sharded_after
 from cgc_reg.model.state import left_as_found
 from cgc_reg.model.wrappers import unwrap
 
@@ -67,7 +67,8 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
         What was compiled; its ``remove()`` undoes that.
 
     Raises:
-        ValueError: the model has no such layer, or is compiled already; or ``target_layer`` names none.
+        ValueError: the model has no such layer, or is compiled already, or has nothing to compile, or parts that
+            ``fully_shard`` has sharded; or ``target_layer`` names none.
         RuntimeError: the layer is not called.
 
     Example:
@@ -88,8 +89,21 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
             "are. Leave out `torch.compile`, or call `remove()` on what an earlier call returned."
         )
     finished = _finished_before(inner, ordinary(x), name, layer)
+    largest = set(_largest(inner, set(enclosing(inner, layer)), finished))
+    inside = {module for part in largest for module in part.modules() if module is not part}
     names = {module: name for name, module in inner.named_modules()}
-    parts = {names[module]: module for module in _largest(inner, set(enclosing(inner, layer)), finished)}
+    parts = {names[module]: module for module in finished if module in largest - inside}
+    if not parts:
+        raise ValueError(
+            f"`model` must run modules that convolve or multiply matrices before the output of {name!r} is complete; "
+            "got one that runs none. What it computes by functions is compiled by `torch.compile` of these."
+        )
+    sharded = [name for name, part in parts.items() if is_sharded(part)]
+    if sharded:
+        raise ValueError(
+            f"`model` must have parts that are not sharded on their own; got {', '.join(map(repr, sharded))}, whose "
+            "hooks the compiler stops at. Compile what they hook: `part.forward = torch.compile(part.forward)`."
+        )
     for part in parts.values():
         part._compiled_call_impl = torch.compile(_with_code_of_its_own(part._call_impl), **options)
     return CompiledParts(parts)
@@ -122,6 +136,8 @@ def _finished_before(model: nn.Module, x: Tensor, name: str, layer: nn.Module) -
 
 def _largest(model: nn.Module, around: Collection[nn.Module], finished: dict[nn.Module, bool]) -> Iterable[nn.Module]:
     """Give the outermost modules with a product inside that run before the layer's output is there, but not around it.
+
+    A module with two names may be given by one of them, and be inside another by the other.
 
     A norm or an activation on its own is one kernel as written too, and each part's borders cost a change of layout.
     """

@@ -293,7 +293,25 @@ def by_its_class(model, backend):
     model.__class__ = type("Compiled", (Net,), {"forward": torch.compile(Net.forward, backend=backend)})
 
 
-@pytest.mark.parametrize(("way", "runs"), [(lost, 2), (around, 0), (by_function, 0), (by_its_class, 0)])
+class WithFeatures(Net):
+    """A net as timm's are."""
+
+    def forward_features(self, x):
+        return self.body(self.stem(x))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x).mean(dim=(2, 3)))
+
+
+def by_method(model, backend):
+    model.__class__ = WithFeatures
+    model.forward_features = torch.compile(model.forward_features, backend=backend)
+    model.eval()(X)  # what has run compiled once would run so again, past every hook
+    model.train()
+    backend.runs = 0
+
+
+@pytest.mark.parametrize(("way", "runs"), [(lost, 2), (around, 0), (by_function, 0), (by_its_class, 0), (by_method, 0)])
 def test_what_is_around_the_layer_or_behind_it_runs_as_written_with_one_warning(way, runs):
     model, backend = compiled(way)
     with pytest.warns(UserWarning, match=r"compile_below\(model, x, target_layer\)") as said:
@@ -408,6 +426,18 @@ def test_the_parts_are_the_largest_that_end_with_the_layer():
     assert inside.names == ["conv1", "layer1", "layer2", "layer3.0"]
 
 
+def test_parts_are_in_the_order_of_the_pass_and_never_inside_each_other():
+    a, b, c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+    backwards = nn.ModuleDict({"c": c, "b": b, "a": a})
+    backwards.forward = lambda x: c(b(a(x))).mean(dim=(2, 3))
+    parts = compile_below(backwards, X.float(), "c", backend="eager")
+    assert parts.names == ["a", "b", "c"]
+    parts.remove()
+    aliased = nn.ModuleDict({"a": a, "encoder": nn.Sequential(a, b, c)})
+    aliased.forward = lambda x: aliased.encoder(x).mean(dim=(2, 3))
+    assert compile_below(aliased, X.float(), "encoder", backend="eager").names == ["encoder"]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_part_stays_what_it_is():
@@ -481,6 +511,10 @@ def test_what_cannot_be_compiled_is_refused():
             compile_below(model, X, none)
     with pytest.raises(ValueError, match=r"Add the batch dimension with `x\[None\]`"):
         compile_below(model, X[0], "body")
+    functions = nn.ModuleDict({"pool": nn.AvgPool2d(2), "head": nn.Linear(6, 5)})
+    functions.forward = lambda x: functions.head(functions.pool(F.conv2d(x, torch.ones(6, 3, 1, 1))).mean(dim=(2, 3)))
+    with pytest.raises(ValueError, match=r"before the output of 'pool' is complete; got one that runs none"):
+        compile_below(functions, X.float(), "pool")
     compile_below(model, X, "body", backend="eager")
     with pytest.raises(ValueError, match=r"not be compiled yet.*`remove\(\)`"):
         compile_below(model, X, "body")

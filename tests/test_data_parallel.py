@@ -306,6 +306,10 @@ def gathered_by_a_look(rank, world):
         fully_shard(model, mesh=mesh)
         look(model)
         looks[name] = [name for name, each in model.named_parameters() if not hasattr(each, "full_tensor")]
+    model = network()
+    fully_shard(model.features[0], mesh=mesh)
+    with pytest.raises(ValueError, match=r"not sharded on their own; got 'features', .*part.forward = torch.compile"):
+        compile_below(model, X[SHARES[rank]], "features")
     return looks
 
 

@@ -75,6 +75,11 @@ def deformed(x):
     return ops.deform_conv2d(x, torch.zeros(len(x), 18, *x.shape[2:]), weight, padding=1)
 
 
+@torch.compile(backend="aot_eager")
+def compiled(x):
+    return x * x.sigmoid()
+
+
 def regions(x):
     boxes = torch.tensor([[float(i), 0, 0, 3, 3] for i in range(len(x))])
     return ops.roi_align(x, boxes, (2, 2))
@@ -104,6 +109,7 @@ OPERATIONS = {
     "deform_conv2d": (deformed, "deform_conv2d|DeformConv2dBackward"),
     "roi_align": (regions, "roi_align|ROIAlignBackward"),
     "fused attention": (attention, "attention"),
+    "a compiled function": (lambda x: compiled(x), "a function compiled by torch.compile"),
     "once differentiable": (Once.apply, "twice .*Once"),
 }
 

@@ -13,8 +13,10 @@ from torch import nn
 from cgc_reg._warn import warn_once
 from cgc_reg.model.checkpoints import note_if_run_again, stored, watched_as_written
 from cgc_reg.model.layers import find_layer
-from cgc_reg.model.settings import attribute, own_forward
+from cgc_reg.model.settings import attribute, own_method
 from cgc_reg.model.wrappers import ExposedLayer, holds_original, inside_data_parallel, unwrap
+
+_ORIGINAL = "_torchdynamo_orig_callable"  # where `torch.compile` keeps the function that it compiled
 
 
 def warn_if_compiled(model: nn.Module) -> None:
@@ -131,12 +133,13 @@ def _until(
         run._torchdynamo_orig_callable = written  # type: ignore[attr-defined]  # compiled, also to a pass inside of this
         return run
 
-    compiled_call, original = region._compiled_call_impl, _original_forward(region)
+    compiled_call, methods = region._compiled_call_impl, _compiled_methods(region)
     with ExitStack() as stack:
         if compiled_call is not None:
             stack.enter_context(attribute(region, "_compiled_call_impl", choose(compiled_call, region._call_impl)))
-        elif original is not None:
-            stack.enter_context(own_forward(region, choose(region.forward, original)))
+        else:
+            for name, original in methods.items():
+                stack.enter_context(own_method(region, name, choose(getattr(region, name), original)))
         yield
 
 
@@ -151,10 +154,9 @@ def compiled_exposed_layer(model: nn.Module) -> ExposedLayer | None:
 
 @contextmanager
 def _as_written(module: nn.Module) -> Iterator[None]:
-    forward = _original_forward(module)
     with ExitStack() as stack:
-        if forward is not None:
-            stack.enter_context(own_forward(module, _storing(forward)))
+        for name, original in _compiled_methods(module).items():
+            stack.enter_context(own_method(module, name, _storing(original)))
         if module._compiled_call_impl is not None:
             stack.enter_context(attribute(module, "_compiled_call_impl", _storing(module._call_impl)))
         yield
@@ -169,16 +171,19 @@ def _storing(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or _original_forward(module) is not None
+    return module._compiled_call_impl is not None or bool(_compiled_methods(module))
 
 
-def _original_forward(module: nn.Module) -> Any:
-    """Return the forward that was compiled, in the module or in its class; None if none was."""
-    for holder in (module, *type(module).__mro__):
+def _compiled_methods(module: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Return what was compiled of its methods, by name: any in the module, and the forward in its class."""
+    own = vars(module)
+    found = {name: value._torchdynamo_orig_callable for name, value in own.items() if hasattr(value, _ORIGINAL)}
+    found.pop("_compiled_call_impl", None)
+    for holder in type(module).__mro__ if "forward" not in own else ():
         if "forward" in vars(holder):  # not by `getattr`, which a scripted class does not stand
-            original = getattr(vars(holder)["forward"], "_torchdynamo_orig_callable", None)
-            return original if original is None or holder is module else MethodType(original, module)
-    return None
+            original = getattr(vars(holder)["forward"], _ORIGINAL, None)
+            return found if original is None else {**found, "forward": MethodType(original, module)}
+    return found
 
 
 def _warn_of_loss(model: nn.Module) -> None:

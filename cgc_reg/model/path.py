@@ -78,8 +78,9 @@ def _check_second_derivative(made: ForwardPass, heatmap: Tensor) -> None:
             raise RuntimeError(
                 "What lies behind `target_layer` must have a second derivative, since the heatmap is made of the first "
                 f"one; got {made.target_layer!r}, and behind it: {found}. Take `CAM`, which needs no derivative, or "
-                "name a layer behind that operation. For attention leave out what forces a kernel, or take "
-                "`sdpa_kernel(SDPBackend.MATH)`. To only measure, make the call under `torch.no_grad()`."
+                "name a layer behind that operation. Compile modules, which can run as written, and no function there. "
+                "For attention leave out what forces a kernel, or take `sdpa_kernel(SDPBackend.MATH)`. To only "
+                "measure, make the call under `torch.no_grad()`."
             )
 
 
@@ -91,6 +92,8 @@ def _refusal(node: Any) -> str | None:
             node(*(torch.zeros(given.shape, dtype=given.dtype, device=given.device) for given in node._input_metadata))
         except RuntimeError as error:
             return str(error)
+    if name == "CompiledFunctionBackwardBackward":
+        return "a function compiled by torch.compile"
     # Torchvision's gradients of operations, which cannot be asked.
     if "torchvision__" in name or ("vision::ops" in name and "BackwardFunction" in name):
         return str(name)

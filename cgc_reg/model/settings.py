@@ -22,16 +22,16 @@ def attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module a forward of its own, in place of that of its class or of another one of its own."""
-    before = vars(module).get("forward")
+def own_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give a module a method of its own, in place of that of its class or of another one of its own."""
+    before = vars(module).get(name)
     try:
-        vars(module)["forward"] = forward
+        vars(module)[name] = method
         yield
     finally:
-        del vars(module)["forward"]
+        del vars(module)[name]
         if before is not None:
-            vars(module)["forward"] = before
+            vars(module)[name] = before
 
 
 @contextmanager
