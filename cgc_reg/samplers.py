@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -56,8 +56,9 @@ class RandomResizedCropFlip:
     whole batch is drawn at once, on its device.
 
     In a volume, whose axes may differ in what a pixel is, and in a signal, a box has the proportions of the whole,
-    stretched along each axis by a factor of its own; these are drawn in ``ratio``, and divided by their geometric mean.
-    Boxes are of whole pixels, so that along an axis of two or three the share is a rough one.
+    stretched along each axis by a factor of its own; these are drawn in ``ratio``, divided by their geometric mean, and
+    brought nearer to 1 where the box would not fit. Boxes are of whole pixels, so that along an axis of two or three
+    the share is a rough one.
 
     Args:
         scale: (minimum, maximum) of the box's area, as a share of the image's; of its volume, or of its length.
@@ -129,33 +130,42 @@ class RandomResizedCropFlip:
         The arguments are those of :meth:`sample`; the boxes, float32, stay on the device that they are drawn on.
         """
         sides = check_size("image_size", image_size, dims=None)
-        share = _uniform(*self.scale, (batch_size, 10), device, generator)
-        shape = (batch_size, 10) if len(sides) == 2 else (batch_size, 10, len(sides))
-        stretch = _uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), shape, device, generator)
-        if len(sides) == 2:
-            area, ratio = share * math.prod(sides), stretch.exp()
-            extents = [(area / ratio).sqrt(), (area * ratio).sqrt()]
-        else:
-            own = (stretch - stretch.mean(dim=2, keepdim=True)).exp().unbind(dim=2)
-            extents = [share.pow(1 / len(sides)) * side * factor for side, factor in zip(sides, own, strict=True)]
-        extents = [extent.round() for extent in extents]
-        inside = [(extent >= 1) & (extent <= side) for extent, side in zip(extents, sides, strict=True)]
-        fits = reduce(torch.logical_and, inside)
-        first = fits.int().argmax(dim=1, keepdim=True)  # of equals, argmax takes the first
-        *extents, fits = (value.gather(1, first)[:, 0] for value in (*extents, fits))
-
-        starts, sizes = [], []
-        for extent, side, largest in zip(extents, sides, self._largest(sides), strict=True):
-            sizes.append(extent.masked_fill(~fits, largest))
-            room = side - sizes[-1]
-            start = torch.minimum((_uniform(0, 1, (batch_size,), device, generator) * (room + 1)).floor(), room)
+        draw = partial(_uniform, device=device, generator=generator)
+        extents, fits = (
+            self._rectangles(batch_size, sides, draw) if len(sides) == 2 else self._boxes(batch_size, sides, draw)
+        )
+        starts = []
+        for extent, side in zip(extents, sides, strict=True):
+            room = side - extent
+            start = torch.minimum((draw(0, 1, (batch_size,)) * (room + 1)).floor(), room)
             starts.append(start.where(fits, (room / 2).floor()))
-        return torch.stack(starts, dim=1), torch.stack(sizes, dim=1)
+        return torch.stack(starts, dim=1), torch.stack(extents, dim=1)
+
+    def _rectangles(self, n: int, sides: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Draw heights and widths; tell which of them are drawn, and not the largest box in place of one that fits."""
+        area = draw(*self.scale, (n, 10)) * math.prod(sides)
+        ratio = draw(math.log(self.ratio[0]), math.log(self.ratio[1]), (n, 10)).exp()
+        tries = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+        inside = [(extent >= 1) & (extent <= side) for extent, side in zip(tries, sides, strict=True)]
+        fits = torch.logical_and(*inside)
+        first = fits.int().argmax(dim=1, keepdim=True)  # of equals, argmax takes the first
+        *extents, fits = (value.gather(1, first)[:, 0] for value in (*tries, fits))
+        largest = self._largest(sides)
+        return [extent.masked_fill(~fits, most) for extent, most in zip(extents, largest, strict=True)], fits
+
+    def _boxes(self, n: int, sides: tuple[int, ...], draw: Callable[..., Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Draw the extents of volumes and signals, which all fit: a large box has little room to be stretched in."""
+        share = draw(*self.scale, (n, 1))
+        stretch = draw(math.log(self.ratio[0]), math.log(self.ratio[1]), (n, len(sides)))
+        stretch = stretch - stretch.mean(dim=1, keepdim=True)
+        most = stretch.amax(dim=1, keepdim=True).clamp(min=torch.finfo(stretch.dtype).tiny)
+        stretch = stretch * (-share.log() / len(sides) / most).clamp(max=1)
+        factors = (share.pow(1 / len(sides)) * stretch.exp()).unbind(dim=1)
+        extents = [(factor * side).round().clamp(1, side) for factor, side in zip(factors, sides, strict=True)]
+        return extents, torch.ones_like(extents[0], dtype=torch.bool)
 
     def _largest(self, sides: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the largest box of an allowed ratio; of volumes and signals the whole is one."""
-        if len(sides) != 2:
-            return sides
+        """Return the largest height and width of an allowed ratio."""
         height, width = sides
         if width / height < self.ratio[0]:
             return max(1, round(width / self.ratio[0])), width

@@ -190,11 +190,17 @@ def test_a_box_has_the_share_asked_for_and_its_axes_differ_by_the_ratio(seed, di
     _, extents = sampler.sample_boxes(50, size, generator=generator(seed))
     shares = extents.double() / torch.tensor(size)
     rounding = (0.5 / extents).sum(dim=1)
-    drawn = (extents < torch.tensor(size)).all(dim=1)  # and no fall-back
+    drawn = dims != 2 or (extents < torch.tensor(size)).all(dim=1)  # and no fall-back, which only images have
     assert ((shares.prod(dim=1) / share).log().abs() <= rounding + 1e-3)[drawn].all()
     longest = (shares if dims != 2 else extents).log()
     spread = longest.max(dim=1).values - longest.min(dim=1).values
     assert (spread <= (1 if dims == 2 else 2) * math.log(ratio) + 2 * rounding + 1e-3)[drawn].all()
+
+
+def test_boxes_that_are_nearly_the_volume_are_not_all_of_it():
+    _, extents = RandomResizedCropFlip(scale=(0.8, 0.9)).sample_boxes(1000, (32, 224, 224), generator=generator(0))
+    assert (extents.prod(dim=1) < 0.92 * 32 * 224 * 224).all()
+    assert (extents[:, 1] != extents[:, 2]).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("size", [(16,), (8, 16), (4, 8, 16)], ids=str)
