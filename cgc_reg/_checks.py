@@ -102,6 +102,7 @@ def check_range(name: str, value: object, low: float = -math.inf, high: float = 
     return minimum, maximum
 
 
+MISSING_DIMENSION = "Of one image without its batch pass `x[None]`, of a batch without channels `x[:, None]`."
 AXES = {1: "length", 2: "h, w", 3: "d, h, w"}  # of a heatmap, by the number of spatial dimensions
 SIZES = {
     1: "one positive integer (length,)",
@@ -126,7 +127,7 @@ def check_images(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor of images (n, c, h, w); got {describe(value)}.")
     if value.ndim not in (3, 4, 5):
-        repair = " Add the batch dimension with `x[None]`." if value.ndim == 2 else ""
+        repair = f" {MISSING_DIMENSION}" if value.ndim == 2 else ""
         raise ValueError(
             f"`{name}` must be images of shape (n, c, h, w), volumes (n, c, d, h, w) or signals (n, c, length); got "
             f"{describe(value)}.{repair}"

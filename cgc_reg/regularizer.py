@@ -487,7 +487,10 @@ def _check_inputs(x: Tensor, view: Tensor | None, transform: SpatialTransform | 
     if view is not None:
         check_images("view", view)
         if len(view) != len(x) or view.ndim != x.ndim:
-            raise ValueError(f"`view` must hold one image for each of the {len(x)} in `x`; got {describe(view)}.")
+            raise ValueError(
+                f"`view` must hold one image, of {x.ndim - 2} dimensions, for each of the {len(x)} in `x`; got "
+                f"{describe(view)}."
+            )
     if transform is not None:
         if not isinstance(transform, SpatialTransform):
             raise TypeError(

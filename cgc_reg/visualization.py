@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cgc_reg._checks import check_images, check_maps, check_pair, describe
+from cgc_reg._checks import check_images, check_maps, check_pair, describe, is_number
 from cgc_reg._enlarge import enlarge
 from cgc_reg._peaks import highest_points
 from cgc_reg.losses import unit_maps
@@ -88,23 +89,39 @@ def overlay(
     return (1 - alpha) * images + alpha * colors
 
 
-def peak_slices(volumes: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> dict[str, Tensor]:
+def peak_slices(
+    volumes: Tensor,
+    heatmaps: Tensor,
+    *,
+    alpha: float = 0.5,
+    mean: Sequence[float] = (0,),
+    std: Sequence[float] = (1,),
+    spacing: Sequence[float] = (1, 1, 1),
+) -> dict[str, Tensor]:
     """Return the columns of a :func:`gallery` of volumes: the three slices through each heatmap's highest point.
 
     Args:
-        volumes: (n, 1, D, H, W) or (n, 3, D, H, W), from 0 to 1.
+        volumes: (n, 1, D, H, W) or (n, 3, D, H, W), from 0 to 1, or normalized with ``mean`` and ``std``.
         heatmaps: (n, d, h, w), at any resolution; enlarged trilinearly, and painted over the slices.
         alpha: opacity of the heatmap, from 0 to 1.
+        mean, std: what the volumes were normalized with, for each channel or for all; by default they were not. Of
+            values from low to high, such as those of a CT's window, -low / (high - low) and 1 / (high - low).
+        spacing: what a voxel measures along each axis, (D, H, W), in any unit: slices are stretched to the proportions
+            that they have in space.
 
     Returns:
         title -> images (n, 3, height, width), on the CPU: the slice at the point's depth, at its row, at its column.
 
     Raises:
-        ValueError: the volumes are not as many as the heatmaps or have not one or three channels.
+        ValueError: the volumes are not as many as the heatmaps or have not one or three channels, or ``mean``, ``std``
+            or ``spacing`` is not as described.
 
     Example:
         >>> volumes, heatmaps = torch.rand(2, 1, 16, 32, 32), torch.rand(2, 2, 4, 4)
-        >>> figure = gallery(peak_slices(volumes, heatmaps))
+        >>> slices = peak_slices(volumes, heatmaps, spacing=(2.0, 1.0, 1.0))
+        >>> [tuple(images.shape[2:]) for images in slices.values()]
+        [(32, 32), (32, 32), (32, 32)]
+        >>> figure = gallery(slices)
     """
     check_images("volumes", volumes)
     check_maps("heatmaps", heatmaps)
@@ -113,6 +130,10 @@ def peak_slices(volumes: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> dic
             "`volumes` must be (n, 1, D, H, W) or (n, 3, D, H, W) with one volume for each heatmap (n, d, h, w); got "
             f"{describe(volumes)} and {describe(heatmaps)}."
         )
+    if len(spacing) != 3 or not all(is_number(unit) and unit > 0 for unit in spacing):
+        raise ValueError(f"`spacing` must be three positive numbers; got {describe(spacing)}.")
+    sides = [round(side * unit / min(spacing)) for side, unit in zip(volumes.shape[2:], spacing, strict=True)]
+    mean, std = (list(values) * (3 if len(values) == 1 else 1) for values in (mean, std))
     volumes = volumes.detach().float().cpu().expand(-1, 3, -1, -1, -1)
     heatmaps = heatmaps.detach().float().cpu()
     large = enlarge(heatmaps, volumes.shape[2:])
@@ -121,7 +142,8 @@ def peak_slices(volumes: Tensor, heatmaps: Tensor, *, alpha: float = 0.5) -> dic
     for axis, name in enumerate(("depth", "row", "column")):
         images = torch.stack([volume.select(axis + 1, peak[axis]) for volume, peak in zip(volumes, peaks, strict=True)])
         maps = torch.stack([one.select(axis, peak[axis]) for one, peak in zip(large, peaks, strict=True)])
-        columns[f"at the peak's {name}"] = overlay(images, maps, alpha=alpha)
+        images = F.interpolate(images, sides[:axis] + sides[axis + 1 :], mode="bilinear", align_corners=False)
+        columns[f"at the peak's {name}"] = overlay(images, maps, alpha=alpha, mean=mean, std=std)
     return columns
 
 

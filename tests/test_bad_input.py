@@ -105,8 +105,16 @@ IDENTITY = SpatialTransform.identity(4)
         ({"target": Y - 1}, ValueError, "`target` must hold classes from 0 to 4.*got -1 to 3"),
         ({"view": X}, ValueError, "`view` without `transform`"),
         ({"transform": IDENTITY}, ValueError, "`transform` without `view`"),
-        ({"view": X[:3], "transform": IDENTITY}, ValueError, "`view` must hold one image for each of the 4"),
-        ({"view": X[:, 0], "transform": IDENTITY}, ValueError, "`view` must hold one image for each of the 4"),
+        (
+            {"view": X[:3], "transform": IDENTITY},
+            ValueError,
+            "`view` must hold one image, of 2 dimensions, for each of the 4",
+        ),
+        (
+            {"view": X[:, 0], "transform": IDENTITY},
+            ValueError,
+            "`view` must hold one image, of 2 dimensions, for each of the 4",
+        ),
         ({"view": X, "transform": IDENTITY[:3]}, ValueError, "`transform` must hold one map.*4.*got 3"),
         ({"view": X, "transform": IDENTITY.theta}, TypeError, r"`transform` must be a SpatialTransform.*theta"),
     ],

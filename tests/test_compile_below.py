@@ -509,7 +509,7 @@ def test_what_cannot_be_compiled_is_refused():
             ValueError, match="`target_layer` must be the dotted name of a layer, or the layer itself; got"
         ):
             compile_below(model, X, none)
-    with pytest.raises(ValueError, match=r"Add the batch dimension with `x\[None\]`"):
+    with pytest.raises(ValueError, match=r"without its batch pass `x\[None\]`"):
         compile_below(model, X[0], "body")
     functions = nn.ModuleDict({"pool": nn.AvgPool2d(2), "head": nn.Linear(6, 5)})
     functions.forward = lambda x: functions.head(functions.pool(F.conv2d(x, torch.ones(6, 3, 1, 1))).mean(dim=(2, 3)))

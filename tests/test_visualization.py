@@ -64,6 +64,12 @@ def test_peak_slices_go_through_the_highest_point():
     painted = peak_slices(volumes, heatmaps[:, ::2, ::2, ::2], alpha=1)
     assert [image.shape[1:] for image in painted.values()] == [(3, 5, 6), (3, 4, 6), (3, 4, 5)]
     assert len(gallery(painted).axes) == 3
+    in_space = peak_slices(volumes, heatmaps, spacing=(5.0, 2.0, 1.0))
+    assert [image.shape[2:] for image in in_space.values()] == [(10, 6), (20, 6), (20, 10)]
+    normalized = peak_slices((volumes - 0.4) / 0.2, heatmaps, alpha=0, mean=[0.4], std=[0.2])
+    torch.testing.assert_close(normalized, slices)
+    with pytest.raises(ValueError, match=r"`spacing` must be three positive numbers; got \(1, 0, 1\)"):
+        peak_slices(volumes, heatmaps, spacing=(1, 0, 1))
     with pytest.raises(ValueError, match=r"`volumes` must be \(n, 1, D, H, W\) or .* got .* \(2, 5, 6\)"):
         peak_slices(volumes, heatmaps[:, 0])
     with pytest.raises(ValueError, match="Of volumes take `peak_slices`"):

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from cgc_reg._checks import AXES, describe
+from cgc_reg._checks import AXES, MISSING_DIMENSION, describe
 from cgc_reg.model.replica import is_same
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of one, two and three spatial dimensions
-SHAPES = {dims: f"(n, c, {axes})" for dims, axes in AXES.items()}  # of maps, by the number of spatial dimensions
+# By the number of spatial dimensions: the shape of maps, and what makes them of tokens.
+SHAPES = {dims: f"(n, c, {axes})" for dims, axes in AXES.items()}
+TOKENS = {dims: f"`reshape_transform=TokensToMaps(({axes}{',' * (dims == 1)}))`" for dims, axes in AXES.items()}
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def telling_dimensions(model: nn.Module, x: Tensor) -> Iterator[None]:
         if not known or x.ndim - 2 in known:
             raise
         shapes = " or ".join(SHAPES[dims] for dims in sorted(known))
-        repair = "Add the batch dimension with `x[None]`. " if x.ndim - 1 in known else ""
+        repair = f"{MISSING_DIMENSION} " if x.ndim - 1 in known else ""
         raise ValueError(
             f"`x` must be images of shape {shapes}, as the convolutions of `model` take them; got {describe(x)}. "
             f"{repair}With it the model gave {type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from cgc_reg._checks import describe
 from cgc_reg._precision import at_least_float32
 from cgc_reg.model.given import ordinary
-from cgc_reg.model.layers import SHAPES
+from cgc_reg.model.layers import SHAPES, TOKENS
 from cgc_reg.model.passes import ForwardPass
 
 ReshapeTransform = Callable[[Tensor], Tensor]
@@ -21,7 +21,7 @@ def activation_maps(made: ForwardPass, reshape_transform: ReshapeTransform | Non
         raise ValueError(
             f"`target_layer` must put out maps of shape {SHAPES[made.dims]}; got channels last, "
             f"{describe(made.layer_output)}, from {made.target_layer!r}. Pass "
-            "`reshape_transform=channels_last_to_maps`."
+            "`reshape_transform=channels_last_to_maps`; or, if dimension 1 holds the channels, `lambda maps: maps`."
         )
     activation = at_least_float32(as_maps(made.layer_output, reshape_transform, made))
     if len(activation) != len(made.logits):
@@ -41,8 +41,8 @@ def as_maps(layer_output: Tensor, reshape_transform: ReshapeTransform | None, ma
         repair = (
             "Name a layer in front of the pooling."
             if layer_output.ndim == 2
-            else "For tokens (n, t, c) pass `reshape_transform=TokensToMaps((h, w))`, for channels last "
-            "`reshape_transform=channels_last_to_maps`."
+            else f"For tokens (n, t, c) pass {TOKENS[made.dims]}, for channels last "
+            "`reshape_transform=channels_last_to_maps`, for frames (n * t, c, h, w) a function that puts them together."
         )
         raise ValueError(
             f"{whose} maps of shape {SHAPES[made.dims]}; got {describe(maps)} from {made.target_layer!r}. {repair}"

@@ -38,7 +38,7 @@ class ForwardPass:
 def forward_pass(
     model: nn.Module, x: Tensor, target_layer: str | nn.Module, output_fn: OutputFunction | None
 ) -> ForwardPass:
-    """Run the model on x as it was written, and keep what a layer puts out.
+    """Run the model on x, what is compiled of it up to a layer's output, and keep that output.
 
     Args:
         model: wrapped or not; the pass goes through DistributedDataParallel, which arms its synchronisation.

@@ -19,6 +19,7 @@ from cgc_reg.model.layers import (
     CONVOLUTIONS,
     KEEP_BLOCKS_WHOLE,
     SHAPES,
+    TOKENS,
     is_channels_last,
     telling_dimensions,
     without_compilers,
@@ -75,7 +76,7 @@ def suggest_target_layer(model: nn.Module, x: Tensor) -> str:
     while len(maps) > 1 and isinstance(maps[-1].layer, CONVOLUTIONS) and maps[-1].output.shape[1] == classes:
         maps.pop()
     got = f"{type(model).__name__} for {describe(x.detach())}"
-    _check(maps, tokens, SHAPES[x.ndim - 2], got)
+    _check(maps, tokens, x.ndim - 2, got)
     grid = maps[-1].output.shape[2:]
     for each in reversed(maps):
         if each.output.shape[2:] == grid and not _is_bypassed(each, images, output):
@@ -115,11 +116,12 @@ def _look(model: nn.Module, x: Tensor) -> tuple[list[_Map], list[str], Any]:
     return maps, tokens, output
 
 
-def _check(maps: list[_Map], tokens: list[str], wanted: str, got: str) -> None:
+def _check(maps: list[_Map], tokens: list[str], dims: int, got: str) -> None:
+    wanted = SHAPES[dims]
     if len(tokens) > len(maps):
         raise ValueError(
             f"`model` must have layers that put out maps {wanted}; got tokens (n, t, c) from {tokens[-1]!r} in "
-            f"{got}. Name a layer, and pass `reshape_transform=TokensToMaps((h, w))`."
+            f"{got}. Name a layer, and pass {TOKENS[dims]}."
         )
     if not maps:
         raise ValueError(
@@ -130,7 +132,7 @@ def _check(maps: list[_Map], tokens: list[str], wanted: str, got: str) -> None:
         raise ValueError(
             f"`model` must have layers that put out maps {wanted}; got channels last, "
             f"{describe(maps[-1].output.detach())}, from {maps[-1].name!r} in {got}. Name a layer, and pass "
-            "`reshape_transform=channels_last_to_maps`."
+            "`reshape_transform=channels_last_to_maps`; or, if dimension 1 holds the channels, `lambda maps: maps`."
         )
 
 

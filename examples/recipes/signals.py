@@ -48,7 +48,8 @@ def accuracy(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], device: t
 
 def bars(values: Tensor) -> str:  # CGC
     """Draw values from 0 on as a line of text."""  # CGC
-    return "".join(" ▁▂▃▄▅▆▇█"[height] for height in (8 * values / values.max()).round().int().tolist())  # CGC
+    heights = 8 * values / values.max().clamp(min=1e-12)  # CGC
+    return "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights.round().int().tolist())  # CGC
 
 
 def main(
