@@ -108,12 +108,12 @@ IDENTITY = SpatialTransform.identity(4)
         (
             {"view": X[:3], "transform": IDENTITY},
             ValueError,
-            "`view` must hold one image, of 2 dimensions, for each of the 4",
+            "`view` must hold one image, of 2 dim.* for each of the 4",
         ),
         (
             {"view": X[:, 0], "transform": IDENTITY},
             ValueError,
-            "`view` must hold one image, of 2 dimensions, for each of the 4",
+            "`view` must hold one image, of 2 dim.* for each of the 4",
         ),
         ({"view": X, "transform": IDENTITY[:3]}, ValueError, "`transform` must hold one map.*4.*got 3"),
         ({"view": X, "transform": IDENTITY.theta}, TypeError, r"`transform` must be a SpatialTransform.*theta"),

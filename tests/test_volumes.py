@@ -439,7 +439,7 @@ def test_hidden_units_are_not_taken_for_places(options):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_one_image_without_its_batch_is_told_from_a_batch_of_fewer_dimensions(dims, explainer):
     with pytest.raises(
-        ValueError, match=r"as the convolutions of `model` take them; got .* without its batch pass `x\[None\]`"
+        ValueError, match=r"as the convolutions of `model` take them; got .* its batch pass `x\[None\]`"
     ):
         explainer(net(dims).eval(), images(dims)[0])
     with pytest.raises(ValueError, match=r"as the convolutions of `model` take them; got a \w+ tensor of shape [^`]*$"):

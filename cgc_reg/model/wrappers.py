@@ -52,8 +52,8 @@ def expose_layer(model: nn.Module, target_layer: str) -> ExposedLayer:
     """Wrap a model so that it can be compiled and still show the layer that its heatmaps are made of.
 
     PyTorch cannot differentiate twice through a compiled graph, so that a model that is compiled as a whole runs as
-    written. :class:`CAM` needs no inner gradient: with it, both passes of a step use the compiled graph. The wrapped model
-    returns its output and the layer's; it shares the original's parameters, and the original stays usable.
+    written. :class:`CAM` needs no inner gradient: with it, both passes of a step use the compiled graph. The wrapped
+    model returns its output and the layer's; it shares the original's parameters, and the original stays usable.
 
     Args:
         model: a CNN that ends in global average pooling and one linear layer, see :func:`check_closed_form`.

@@ -39,7 +39,8 @@ def train_epoch(
         batch = next(batches)
         x, y, *mask = (tensor.to(args.device, non_blocking=True) for tensor in batch)
         with autocast(args):
-            seen = passes(args, run.regularizer, model, x, others, regularized)
+            target = y if args.guided_class == "label" else None
+            seen = passes(args, run.regularizer, model, x, target, others, regularized)
             cross_entropy = F.cross_entropy(seen.logits, y)
             loss = cross_entropy + weight_at(args, lam, epoch - 1 + step / steps) * seen.cgc
             if args.cross_entropy_views == 2:
@@ -74,15 +75,16 @@ def passes(
     reg: CGCRegularizer,
     model: nn.Module,
     x: Tensor,
+    target: Tensor | None,
     others: Iterator[Any] | None,
     regularized: bool,
 ) -> Seen:
     """Run the model on x, on its views and on the other images, as far as the step needs them."""
     if regularized and others is None:
         # The two lines of CGC: one call in place of model(x), and its loss beside the cross-entropy.
-        out = reg.compute(model, x)
+        out = reg.compute(model, x, target)
         return Seen(out.logits, out.view_logits, out.loss, out.heatmap if args.guidance else None)
-    explained = reg.explainer(model, x) if args.guidance else None  # in place of model(x), too
+    explained = reg.explainer(model, x, target) if args.guidance else None  # in place of model(x), too
     logits, cgc = model(x) if explained is None else explained.logits, x.new_zeros(())
     # The baseline sees both views too.
     view_logits = model(draw_view(reg, x, reg.view_size)) if args.cross_entropy_views == 2 else logits

@@ -96,7 +96,13 @@ def add_guidance_options(group: Any) -> None:
         "--guidance",
         type=float,
         default=0.0,
-        help="weight of the energy loss, which keeps the heatmaps of x, for the predicted class, on the object",
+        help="weight of the energy loss, which keeps the heatmaps of x on the object",
+    )
+    group.add_argument(
+        "--guided-class",
+        choices=("predicted", "label"),
+        default="predicted",
+        help="class that the heatmaps of x are of, for the energy loss and for CGC",
     )
     group.add_argument(
         "--guided-fraction",
