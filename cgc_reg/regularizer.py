@@ -307,7 +307,8 @@ class CGCRegularizer(nn.Module):
     @override
     def extra_repr(self) -> str:
         """Name the main options in ``repr``."""
-        options = {name: getattr(self, name) for name in ("transform", "loss", "temperature", "negatives", "bn_mode")}
+        names = "transform", "loss", "weighting", "temperature", "negatives", "view_size", "detach_key", "bn_mode"
+        options = {name: getattr(self, name) for name in names}
         return ", ".join([repr(self.explainer), *(f"{name}={value!r}" for name, value in options.items())])
 
     def _step(

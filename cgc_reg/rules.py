@@ -107,7 +107,8 @@ def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
     This is the paper's form for the score exp(y), whose higher derivatives are powers of the first where what follows A
     is piecewise linear; the common factor exp(y), of each image, is left out. Where d times the sum is small, alpha is
     near 1/2, and the heatmap that of :func:`positive_grad_cam` up to scale. The paper takes A behind a ReLU: for maps
-    with negative values a channel whose sum is near -2 / d has a pole.
+    with negative values a channel whose sum is near -2 / d has a pole. pytorch-grad-cam computes the same; torch-cam
+    sums d^3 A over places, which is something else where d differs from place to place.
 
     Arguments and result are those of :func:`grad_cam`, but for the unit, which changes with the activation's.
 

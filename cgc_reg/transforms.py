@@ -123,8 +123,9 @@ class SpatialTransform:
         .. math:: p' = M_i p, \qquad p = (x, y, 1)^T,
 
         with x to the right, y down, and (0, 0) at the centre of the first pixel. Such are the ``transform_matrix`` of
-        kornia's augmentations, the matrix of OpenCV's ``warpAffine`` (without ``WARP_INVERSE_MAP``), and the ``params``
-        of scikit-image's ``AffineTransform``, whose ``inverse`` its ``warp`` takes. In volumes p is (x, y, z, 1).
+        kornia's augmentations (in three dimensions with ``align_corners=True``), the matrix of OpenCV's ``warpAffine``
+        (without ``WARP_INVERSE_MAP``), and the ``params`` of scikit-image's ``AffineTransform``, whose ``inverse`` its
+        ``warp`` takes. In volumes p is (x, y, z, 1).
 
         Args:
             matrix: (n, d, d + 1), or (n, d + 1, d + 1) with (0, ..., 0, 1) as the last row; computed in at least

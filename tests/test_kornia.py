@@ -15,6 +15,7 @@ from kornia.augmentation import (  # noqa: E402 - after the question whether it 
     RandomAffine,
     RandomHorizontalFlip,
     RandomResizedCrop,
+    RandomRotation3D,
     RandomRotation90,
     RandomVerticalFlip,
 )
@@ -83,6 +84,17 @@ def test_the_transform_of_an_augmentation_makes_its_view(name):
     # One interpolation of such a wave errs by (0.3^2 + 0.2^2) / 8 = 0.016 at the most, and two by twice that.
     atol = 0.04 if name == "several" else 1e-3
     torch.testing.assert_close(transform(x, size_of_view)[inside], view[inside], rtol=0, atol=atol)
+
+
+def test_the_transform_of_a_rotation_in_space_makes_its_view():
+    augmentation, size = RandomRotation3D((30.0, 30.0, 30.0), p=1.0, align_corners=True), (12, 16, 20)
+    axes = (torch.arange(side) * 0.3 for side in size)
+    x = sum(torch.meshgrid(*axes, indexing="ij")).cos().expand(4, 1, -1, -1, -1).contiguous()
+    view = augmentation(x)
+    inside = augmentation(torch.ones_like(x), params=augmentation._params) > 1 - 1e-4
+    assert inside.float().mean() > 0.3
+    view_of_ours = SpatialTransform.from_matrix(augmentation.transform_matrix, size)(x)
+    torch.testing.assert_close(view_of_ours[inside], view[inside], rtol=0, atol=1e-3)
 
 
 def test_colours_leave_the_matrix_alone():

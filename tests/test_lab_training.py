@@ -178,7 +178,11 @@ GUIDED = ["--data", "shapes_context", "--guidance", "1", "--guided-fraction", "0
 
 
 @pytest.mark.usefixtures("_few_shapes")
-@pytest.mark.parametrize("options", [["--lam", "0"], ["--lam", "0.5"], ["--official"], ["--cgc-every", "2"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [["--lam", "0"], ["--lam", "0.5"], ["--official"], ["--cgc-every", "2"], ["--guided-class", "label"]],
+    ids=str,
+)
 def test_guidance_trains_beside_each_loss(tmp_path, options):
     weights = {}
     for name, guided in (("plain", ["--data", "shapes_context"]), ("guided", GUIDED)):
@@ -200,6 +204,17 @@ def test_guidance_that_weighs_nothing_leaves_a_training_where_it_was(tmp_path, l
         train(*guided, "--lam", lam, "--cross-entropy-views", "2", "--out", tmp_path / name)
     states = [checkpoint(next((tmp_path / name).iterdir()) / "last.pt")["model"] for name in ("plain", "guided")]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_few_shapes")
+@pytest.mark.parametrize("lam", ["0", "0.5"])
+def test_guidance_is_of_the_class_that_is_asked_for(tmp_path, lam):
+    weights = {}
+    for chosen in ("predicted", "label"):
+        train(*GUIDED, "--guided-class", chosen, "--lam", lam, "--epochs", "1", "--out", tmp_path / chosen)
+        (run,) = (tmp_path / chosen).iterdir()
+        weights[chosen] = checkpoint(run / "last.pt")["model"]["layer4.0.conv1.weight"]
+    assert not torch.equal(weights["predicted"], weights["label"])
 
 
 @pytest.mark.usefixtures("_few_shapes")

@@ -662,8 +662,9 @@ def test_layer_is_found_at_the_first_call():
 
 
 def test_repr_names_the_options():
-    text = repr(regularizer("layer4", temperature=0.25, loss="mse_consistency"))
-    assert all(part in text for part in ("'layer4'", "temperature=0.25", "'mse_consistency'", "RandomResizedCropFlip"))
+    text = repr(regularizer("layer4", temperature=0.25, loss="mse_consistency", weighting="confidence"))
+    parts = "'layer4'", "temperature=0.25", "'mse_consistency'", "RandomResizedCropFlip", "weighting='confidence'"
+    assert all(part in text for part in parts)
 
 
 # ---- precision and modes

@@ -4,7 +4,10 @@ import dataclasses
 import math
 from contextlib import contextmanager
 
+import cv2
+import numpy as np
 import pytest
+import skimage.transform
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
@@ -18,6 +21,7 @@ from strategies import (
     crop,
     crops,
     dtypes,
+    generator,
     laws,
     noise,
     seeds,
@@ -717,6 +721,27 @@ def test_a_rotation_in_pixels_equals_torchvisions_affine_where_both_see_the_imag
     x = noise(seed, 1, 2, *size)
     inside = torchvisions(torch.ones_like(x)) > 1 - 1e-6  # it fills with zeros, ours with the border
     torch.testing.assert_close(t(x)[inside], torchvisions(x)[inside], rtol=0, atol=1e-4)
+
+
+def opencvs(image, matrix, size):
+    return cv2.warpAffine(image, matrix[:2], size[::-1])
+
+
+def scikit_images(image, matrix, size):
+    to_input = skimage.transform.AffineTransform(matrix).inverse
+    return skimage.transform.warp(image, to_input, output_shape=size, order=1, clip=False)
+
+
+# OpenCV's positions are 32nds of a pixel in some versions.
+@pytest.mark.parametrize(("warp", "rounding"), [(opencvs, 0.05), (scikit_images, 1e-9)])
+@laws
+@given(seed=seeds, size=sizes(4, 12), output_size=sizes(4, 12), t=affine_maps(zoom=(0.6, 1.4), shift=0.3))
+def test_a_matrix_in_pixels_is_that_of_other_libraries(warp, rounding, seed, size, output_size, t):
+    image, matrix = torch.rand(size, generator=generator(seed)).double(), t.matrix(size, output_size)[0].numpy()
+    inside = torch.from_numpy(warp(np.ones(size), matrix, output_size)) > 1 - 1e-9  # they fill with zeros
+    ours = SpatialTransform.from_matrix(torch.from_numpy(matrix)[None], size, output_size)(image[None], output_size)
+    theirs = torch.from_numpy(warp(image.numpy(), matrix, output_size))
+    torch.testing.assert_close(ours[0][inside], theirs[inside], rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
