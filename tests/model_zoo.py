@@ -498,7 +498,7 @@ dimensions, and a ResNet of signals.
 *No gradient* counts parameter tensors: biases behind the layer, and auxiliary heads. *Difference* is the largest one
 from the plain computation's gradient, relative to the largest value of that parameter's gradient. *Compiled* are the
 parts that `compile_below` compiles, and the share of a pass's multiply-adds that is inside them: on larger images the
-head's share, which is outside, is smaller.
+head's share, which is outside, is smaller. At 224 x 224 a test asks for 95 % in a small model of each family.
 
 torch {torch}, torchvision {torchvision}, timm {timm}, {minutes:.0f} minutes of one thread of an {machine} CPU.
 """

@@ -46,6 +46,18 @@ def test_benchmark_compares_a_row_with_the_one_it_goes_beside(capsys):
     assert lines[-1][3] == "cross-entropy on three views"
 
 
+def test_benchmark_has_compiled_steps(capsys):
+    # What the compiler makes of them is for the benchmark, and takes minutes.
+    with torch.compiler.set_stance("force_eager"):
+        compiled = ["--compile", "--channels-last", "--amp", "--rows", "compiled, bfloat16: "]
+        benchmark.main([*SMALL_BENCHMARK, *compiled, "--tables", "steps", "--no-memory"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = [line[0].lstrip("| ") for line in lines[2:]]
+    assert names[:2] == ["cross-entropy on x", "compiled, bfloat16: cross-entropy on both views"]
+    assert sum("`compile_below`" in name for name in names) == 4
+    assert sum("layer exposed" in name for name in names) == 1
+
+
 def test_benchmark_measures_clips(capsys):
     clips = ["--model", "r3d_18", "--frames", "4", "--image-size", "32"]
     benchmark.main([*SMALL_BENCHMARK, *clips, "--tables", "steps", "--no-memory", "--rows", "`reg.compute`"])

@@ -317,6 +317,8 @@ def test_what_is_around_the_layer_or_behind_it_runs_as_written_with_one_warning(
     with pytest.warns(UserWarning, match=r"compile_below\(model, x, target_layer\)") as said:
         found = train(model, steps=1)
     assert len(said) == 1
+    assert said[0].filename == __file__
+    assert said[0].lineno == compute_step.__code__.co_firstlineno + 1
     assert backend.runs == runs
     assert_equal(found, train(net(), steps=1))
     train(model)  # without a further warning

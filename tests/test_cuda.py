@@ -11,7 +11,15 @@ from networks import assert_same, relu_net
 from strategies import generator
 from torch import nn
 
-from cgc_reg import CGCRegularizer, Compose, RandomAffine, RandomFlip, RandomQuarterTurn, RandomResizedCropFlip
+from cgc_reg import (
+    CGCRegularizer,
+    Compose,
+    RandomAffine,
+    RandomFlip,
+    RandomQuarterTurn,
+    RandomResizedCropFlip,
+    compile_below,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -61,6 +69,26 @@ def test_a_step_never_waits_for_the_gpu(heatmap, transform):
         reg(model, x, y).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_never_waits_and_is_the_uncompiled_one(backend):
+    losses = {}
+    for compiles in (False, True):
+        model, x, y = resnet().double().cuda(), X.double().cuda(), Y.cuda()
+        if compiles:
+            compile_below(model, x, "layer4", backend=backend)
+        step(CGCRegularizer("layer4"), model, x, y).backward()  # the first one compiles
+        model.zero_grad()
+        reg = CGCRegularizer("layer4", generator=torch.Generator("cuda").manual_seed(0))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = step(reg, model, x, y)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses[compiles] = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("transform", SAMPLERS, ids=["crop", "affine", "turn"])

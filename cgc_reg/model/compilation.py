@@ -69,11 +69,11 @@ def compiled_below(
         yield
         return
     _, layer = find_layer(unwrap(model), target_layer)
-    trains = torch.is_grad_enabled()  # which is what the time counts for
+    trains, lost = torch.is_grad_enabled(), False  # training is what the time counts for
 
     def lose() -> None:
-        if trains:
-            _warn_of_loss(model)
+        nonlocal lost
+        lost = True
 
     with ExitStack() as stack:
         for module in enclosing(model, layer):
@@ -85,6 +85,8 @@ def compiled_below(
             ends = is_past if region is not layer else _never
             stack.enter_context(_until(region, ends, lose, as_written))
         yield
+    if trains and lost:  # now, and not from inside the model's code, so that the warning names the user's line
+        _warn_of_loss(model)
 
 
 def _never() -> bool:
