@@ -475,6 +475,8 @@ class CGCRegularizer(nn.Module):
             weights = weigh(logits.clone(), image.target.clone())  # which it may write on
         if not isinstance(weights, Tensor) or weights.shape != (len(logits),):
             raise ValueError(f"`weighting` must return a tensor of shape ({len(logits)},); got {describe(weights)}.")
+        if weights.device.type == "cpu" and (weights < 0).any():  # reading them on a GPU would make that wait
+            raise ValueError(f"`weighting` must return weights of at least 0; got {weights.min():g}.")
         return at_least_float32(weights.detach())
 
 

@@ -86,6 +86,27 @@ def test_the_terms_add_up_to_the_score(build, size):
     torch.testing.assert_close(total(G.terms(model, x, weights)), (logits * weights).sum(dim=1), rtol=1e-9, atol=1e-9)
 
 
+class StandardizedConv2d(nn.Conv2d):
+    """As timm's: BatchNorm makes its weight anew, and adds nothing to a result."""
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_weight_that_is_normalised_is_no_layers_result(trained, images, memory_format):
+    layers = [StandardizedConv2d(3, 8, 3), nn.ReLU(), StandardizedConv2d(8, 8, 3), nn.ReLU()]
+    model = stirred(GapNet(*layers, head=nn.Linear(8, 5))).double().eval().to(memory_format=memory_format)
+    model.features.requires_grad_(trained)
+    terms = G.terms(model, X[:images], Y[:images])
+    assert [len(term) for term in terms] == 4 * [images]
+    torch.testing.assert_close(total(terms), model(X[:images]).gather(1, Y[:images, None])[:, 0], rtol=0, atol=1e-12)
+
+
 def test_densenet121_is_complete_too():
     model = stirred(torchvision.models.densenet121(num_classes=5)).double().eval()
     x = F.interpolate(X[:2], (64, 64), mode="bilinear")

@@ -140,6 +140,11 @@ def test_other_shapes_are_refused(wrong):
         reg(weighting=lambda logits, target: wrong)(net(), X)
 
 
+def test_negative_weights_are_refused():
+    with pytest.raises(ValueError, match=r"`weighting` must return weights of at least 0; got -0\.5"):
+        reg(weighting=lambda logits, target: torch.tensor([1.0, -0.5, 0.0, 1.0]))(net(), X)
+
+
 def test_unknown_weightings_are_refused():
     with pytest.raises(ValueError, match="`weighting` must be one of 'uniform', 'confidence', or a function; got 'x'"):
         reg(weighting="x")

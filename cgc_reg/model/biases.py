@@ -86,12 +86,14 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_weight(x: Tensor) -> bool:
-    """Tell whether a tensor is a parameter in another shape, as in a convolution that normalises its weight."""
-    node, variable = x.grad_fn, x if x._base is None else x._base
+    """Tell whether a tensor is a parameter in another shape, as in a convolution that normalises its weight.
+
+    A frozen one has no gradient in this pass, where images have one.
+    """
+    node = x.grad_fn
     while node is not None and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
-        variable = getattr(node, "variable", variable)
-    return isinstance(variable, nn.Parameter)
+    return not x.requires_grad or isinstance(getattr(node, "variable", x), nn.Parameter)
 
 
 def _by_channel(bias: Callable[[], Tensor], ndim: int) -> Callable[[], Tensor]:
