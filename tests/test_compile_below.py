@@ -16,6 +16,7 @@ from strategies import generator
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from cgc_reg import CAM, CGCRegularizer, FullGrad, GradCAM, compile_below, explain
@@ -168,6 +169,15 @@ def test_the_loops_own_pass_is_reused_compiled(way, bn_mode):
     graphs = backend.graphs
     train(model, **options)
     assert backend.graphs == graphs
+
+
+def test_reuse_hooks_no_layer_inside_a_part_that_makes_its_weight_anew():
+    model = net()
+    model.stem = nn.Sequential(weight_norm(nn.Conv2d(3, 6, 1).double()), nn.ReLU())
+    backend = Backend(model)
+    below(model, backend)
+    train(model, reuse_step)
+    assert not backend.hooked
 
 
 @pytest.mark.parametrize("backend", ["inductor"] * compiles)

@@ -203,6 +203,12 @@ def test_boxes_that_are_nearly_the_volume_are_not_all_of_it():
     assert (extents[:, 1] != extents[:, 2]).double().mean() > 0.9
 
 
+def test_boxes_of_thin_volumes_hold_a_pixel_of_each_axis():
+    starts, extents = RandomResizedCropFlip(scale=(0.0, 0.1)).sample_boxes(1000, (1, 2, 40), generator=generator(0))
+    assert (extents >= 1).all()
+    assert (starts + extents <= torch.tensor([1, 2, 40])).all()
+
+
 @pytest.mark.parametrize("size", [(16,), (8, 16), (4, 8, 16)], ids=str)
 def test_a_flip_is_along_the_last_axis_or_by_axis(size):
     def flipped(**options):
