@@ -171,6 +171,14 @@ def test_the_loops_own_pass_is_reused_compiled(way, bn_mode):
     assert backend.graphs == graphs
 
 
+def test_in_a_pass_to_reuse_too_what_is_behind_the_layer_runs_as_written():
+    model, backend = compiled(lost)
+    with pytest.warns(UserWarning, match="runs as written"):
+        found = train(model, reuse_step, steps=1)
+    assert_equal(found, train(net(), reuse_step, steps=1))
+    assert backend.runs == 2  # the stem alone, in two passes
+
+
 def test_reuse_hooks_no_layer_inside_a_part_that_makes_its_weight_anew():
     model = net()
     model.stem = nn.Sequential(weight_norm(nn.Conv2d(3, 6, 1).double()), nn.ReLU())

@@ -229,8 +229,7 @@ def sharded(rank, world, loop, inner, parts=(), reshard=False, **options):
         fully_shard(inner.get_submodule(part), mesh=mesh, reshard_after_forward=reshard)
     fully_shard(inner, mesh=mesh)
     end = train(rank, inner, inner, loop, gather_distributed=True, **options)
-    gathered = [name for name, parameter in inner.named_parameters() if not hasattr(parameter, "full_tensor")]
-    return {"error": f"{gathered} stayed gathered", **end} if gathered else end
+    return {"error": f"{gathered(inner)} stayed gathered", **end} if gathered(inner) else end
 
 
 class Model(NamedTuple):
@@ -294,8 +293,15 @@ def gathered_meanwhile(rank, world):
     return {"ordered": ordered, "late": late, "after": after}
 
 
+def gathered(model):
+    return [name for name, each in model.named_parameters() if not hasattr(each, "full_tensor")]
+
+
 def gathered_by_a_look(rank, world):
-    """Look at a sharded model before it has an optimizer; return which of its weights that left gathered."""
+    """Look at a sharded model before it has an optimizer; return which of its weights that left gathered.
+
+    What the loop's own pass has gathered for its backward stays so.
+    """
     mesh, looks = init_device_mesh("cpu", (world,)), {}
     for name, look in {
         "suggest": lambda model: suggest_target_layer(model, X[SHARES[rank]]),
@@ -305,7 +311,14 @@ def gathered_by_a_look(rank, world):
         fully_shard(model.head, mesh=mesh)
         fully_shard(model, mesh=mesh)
         look(model)
-        looks[name] = [name for name, each in model.named_parameters() if not hasattr(each, "full_tensor")]
+        looks[name] = gathered(model)
+    model = network()
+    fully_shard(model, mesh=mesh)
+    loss = model(X[SHARES[rank]]).sum()
+    before = gathered(model)
+    suggest_target_layer(model, X[SHARES[rank]])
+    looks["meanwhile"] = [name for name in before if name not in gathered(model)]
+    loss.backward()
     model = network()
     fully_shard(model.features[0], mesh=mesh)
     with pytest.raises(ValueError, match=r"not sharded on their own; got 'features', .*part.forward = torch.compile"):
@@ -494,7 +507,7 @@ def test_only_weights_above_the_layer_stay_gathered_until_the_backward_is_over(r
 @needs_sharding
 def test_a_look_leaves_all_weights_sharded_for_the_optimizer(results, world):
     for result in results(world):
-        assert result["gathered by a look"] == {"suggest": [], "compile": []}
+        assert result["gathered by a look"] == {"suggest": [], "compile": [], "meanwhile": []}
 
 
 @worlds
