@@ -83,7 +83,7 @@ def compile_below(model: nn.Module, x: Tensor, target_layer: str | nn.Module, **
     check_layer(target_layer)
     inner = unwrap(model)
     name, layer = find_layer(inner, target_layer)
-    if is_compiled(model):
+    if is_compiled(model, layer):
         raise ValueError(
             "`model` must not be compiled yet, since `compile_below` chooses what can be; got a model of which parts "
             "are. Leave out `torch.compile`, or call `remove()` on what an earlier call returned."

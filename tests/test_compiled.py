@@ -132,6 +132,7 @@ def test_uncompiled_exposed_layer_is_the_model_itself():
         assert_same(reg[0](expose_layer(inner, "features"), X), reg[1](inner, X))
 
 
+@pytest.mark.filterwarnings("ignore:The loop.s own pass of a compiled model is not reused")
 def test_a_model_with_a_compiled_part_names_its_layers_as_if_it_were_not():
     plain = relu_net()
     model = copy.deepcopy(plain)

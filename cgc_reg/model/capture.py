@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from cgc_reg._checks import describe
 from cgc_reg.model.attention import unfused_attention
 from cgc_reg.model.given import ordinary
-from cgc_reg.model.hooks import followed
 from cgc_reg.model.layers import KEEP_BLOCKS_WHOLE, find_layer, is_channels_last
 from cgc_reg.model.measure import as_without_gradients
 from cgc_reg.model.own import own_pass
@@ -107,8 +106,21 @@ def _on_output(layer: nn.Module, begin: Callable[..., Any], keep: Callable[..., 
             stack.callback(layer.register_forward_hook(begin, prepend=True).remove)
             stack.callback(layer.register_forward_hook(keep).remove)
         else:
-            stack.enter_context(attribute(layer, "_compiled_call_impl", followed(compiled, layer, [begin, keep])))
+            stack.enter_context(attribute(layer, "_compiled_call_impl", _followed(compiled, layer, [begin, keep])))
         yield
+
+
+def _followed(call: Callable[..., Any], layer: nn.Module, hooks: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """Return a layer's call with forward hooks behind it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        for hook in hooks:
+            changed = hook(layer, args, output)
+            output = output if changed is None else changed
+        return output
+
+    return run
 
 
 def _check(target_layer: str, output: object, *, called_before: bool) -> None:

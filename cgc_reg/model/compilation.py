@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from cgc_reg.model.checkpoints import note_if_run_again, stored, watched_as_writ
 from cgc_reg.model.layers import find_layer
 from cgc_reg.model.settings import attribute, own_method
 from cgc_reg.model.wrappers import ExposedLayer, holds_original, inside_data_parallel, unwrap
-
-_ORIGINAL = "_torchdynamo_orig_callable"  # where `torch.compile` keeps the function that it compiled
 
 
 def warn_if_compiled(model: nn.Module) -> None:
@@ -29,9 +27,13 @@ def warn_if_compiled(model: nn.Module) -> None:
         )
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether the model or a part of it is compiled."""
-    return any(_is_compiled(module) for module in model.modules())
+def is_compiled(model: nn.Module, target_layer: str | nn.Module | None = None) -> bool:
+    """Tell whether a module of the model is compiled, or a method: of what holds the layer, or without one of any."""
+    anything = any(_is_compiled(module) or _compiled_methods(module) for module in model.modules())
+    if not anything or target_layer is None:
+        return anything
+    _, layer = find_layer(unwrap(model), target_layer)
+    return bool(regions(model, target_layer) or _compiled_around(model, layer))
 
 
 @contextmanager
@@ -69,17 +71,16 @@ def compiled_below(
         yield
         return
     _, layer = find_layer(unwrap(model), target_layer)
-    trains, lost = torch.is_grad_enabled(), False  # training is what the time counts for
+    around = _compiled_around(model, layer)
+    trains, lost = torch.is_grad_enabled(), bool(around)  # training is what the time counts for
 
     def lose() -> None:
         nonlocal lost
         lost = True
 
     with ExitStack() as stack:
-        for module in enclosing(model, layer):
-            if _is_compiled(module):
-                lose()
-                stack.enter_context(_as_written(module))
+        for module in around:
+            stack.enter_context(_as_written(module))
         for region in regions(model, target_layer):
             # Where the layer itself is called again, what looks at its output refuses that.
             ends = is_past if region is not layer else _never
@@ -96,6 +97,11 @@ def _never() -> bool:
 def enclosing(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """List the modules that hold the layer, from the model on."""
     return [module for module in model.modules() if module is not layer and layer in module.modules()]
+
+
+def _compiled_around(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """List those of them that are compiled, or have a compiled method, as timm's ``forward_features``."""
+    return [module for module in enclosing(model, layer) if _is_compiled(module) or _compiled_methods(module)]
 
 
 def regions(model: nn.Module, target_layer: str | nn.Module | None) -> list[nn.Module]:
@@ -132,16 +138,14 @@ def _until(
             with uncompiled(region), as_written(region), watched_as_written(region), stored():
                 return written(*args, **kwargs)
 
-        run._torchdynamo_orig_callable = written  # type: ignore[attr-defined]  # compiled, also to a pass inside of this
         return run
 
-    compiled_call, methods = region._compiled_call_impl, _compiled_methods(region)
+    compiled_call, original = region._compiled_call_impl, _compiled_methods(region).get("forward")
     with ExitStack() as stack:
         if compiled_call is not None:
             stack.enter_context(attribute(region, "_compiled_call_impl", choose(compiled_call, region._call_impl)))
-        else:
-            for name, original in methods.items():
-                stack.enter_context(own_method(region, name, choose(getattr(region, name), original)))
+        elif original is not None:
+            stack.enter_context(own_method(region, "forward", choose(region.forward, original)))
         yield
 
 
@@ -173,19 +177,30 @@ def _storing(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or bool(_compiled_methods(module))
+    return module._compiled_call_impl is not None or "forward" in _compiled_methods(module)
 
 
 def _compiled_methods(module: nn.Module) -> dict[str, Callable[..., Any]]:
     """Return what was compiled of its methods, by name: any in the module, and the forward in its class."""
     own = vars(module)
-    found = {name: value._torchdynamo_orig_callable for name, value in own.items() if hasattr(value, _ORIGINAL)}
+    found = {name: original for name, value in own.items() if (original := _original(value)) is not None}
     found.pop("_compiled_call_impl", None)
     for holder in type(module).__mro__ if "forward" not in own else ():
         if "forward" in vars(holder):  # not by `getattr`, which a scripted class does not stand
-            original = getattr(vars(holder)["forward"], _ORIGINAL, None)
+            original = _original(vars(holder)["forward"])
             return found if original is None else {**found, "forward": MethodType(original, module)}
     return found
+
+
+def _original(value: object) -> Callable[..., Any] | None:
+    """Return the function that ``torch.compile`` made this one of; None of any other, also of one around that."""
+    if isinstance(value, MethodType):
+        function = _original(value.__func__)
+        return None if function is None else MethodType(function, value.__self__)
+    if not isinstance(value, FunctionType) or getattr(value, "_torchdynamo_disable", False):
+        return None
+    original: Callable[..., Any] | None = vars(value).get("_torchdynamo_orig_callable")
+    return original if vars(value).get("__wrapped__") is original else None
 
 
 def _warn_of_loss(model: nn.Module) -> None:

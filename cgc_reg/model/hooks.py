@@ -12,8 +12,6 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cgc_reg.model.settings import attribute
-
 # How many of our hooks there are on modules of a class, whose copies are made by `_without_our_hooks` meanwhile.
 _HOOKED: Counter[type[nn.Module]] = Counter()
 _LOCK = Lock()
@@ -43,31 +41,6 @@ def forward_hook(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """Hook a module; a copy or a file that is made of it meanwhile knows nothing of the hook."""
     with _hooked(module, module.register_forward_hook(_Hook(run))):
         yield
-
-
-@contextmanager
-def forward_hook_outside(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Hook a module so; one that ``module.compile()`` has compiled with its hooks gets this one around that."""
-    compiled: Callable[..., Any] | None = module._compiled_call_impl
-    with (
-        forward_hook(module, run)
-        if compiled is None
-        else attribute(module, "_compiled_call_impl", followed(compiled, module, [_Hook(run)]))
-    ):
-        yield
-
-
-def followed(call: Callable[..., Any], module: nn.Module, hooks: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """Return a module's call with forward hooks behind it."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
-        for hook in hooks:
-            changed = hook(module, args, output)
-            output = output if changed is None else changed
-        return output
-
-    return run
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
+from cgc_reg._warn import warn_once
 from cgc_reg.model.attention import unfused_attention
-from cgc_reg.model.compilation import compiled_below, compiled_exposed_layer, regions
+from cgc_reg.model.compilation import compiled_exposed_layer, is_compiled
 from cgc_reg.model.head import weight_in_use, with_weights_of_a_pass
-from cgc_reg.model.hooks import forward_hook, forward_hook_outside, forward_pre_hook
+from cgc_reg.model.hooks import forward_hook, forward_pre_hook
 from cgc_reg.model.layers import find_layer, is_channels_last
 from cgc_reg.model.outputs import OutputFunction, find_logits
 from cgc_reg.model.own import is_own_pass
@@ -74,20 +75,6 @@ class KeptPasses:
         """Keep the weight that a linear layer has made."""
         if self.going is not None:
             self.going.weights[module] = weight_in_use(module)
-
-    @contextmanager
-    def weights_kept(self, part: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
-        """Keep what `used_weights` keeps, of each pass."""
-        inside = {module for region in besides for module in region.modules()}
-        with ExitStack() as hooks:
-            for module in with_weights_of_a_pass(part):
-                if module not in inside:
-                    hooks.enter_context(forward_hook(module, self.keep_weight))
-            yield
-
-    def is_past(self) -> bool:
-        """Tell whether a pass is going on and has come past the layer's output."""
-        return self.going is not None and len(self.going.layer_outputs) > 0
 
     def end_inside(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what the model inside DistributedDataParallel puts out."""
@@ -171,23 +158,29 @@ def _versions(output: Any) -> list[int]:
 def keep_passes(model: nn.Module, target_layer: str | nn.Module) -> Iterator[None]:
     """Keep each pass of the model that can be reused: over one tensor, with a graph below and above the layer.
 
-    Of a compiled model these passes run compiled up to the layer, as ours do. Left alone are one that exposes its
-    layer, and passes without gradients, with other arguments, or that call the layer never or twice, and those of
-    ours. Explainers make theirs then.
+    A compiled model is left alone, since hooks would make it compile again; so are passes without gradients, with
+    other arguments, or that call the layer never or twice, and those of ours. Explainers make theirs then.
 
     Args:
         model: wrapped or not.
         target_layer: dotted name in the unwrapped model, or the layer itself.
     """
     kept = KeptPasses(model, target_layer)
-    if compiled_exposed_layer(model) is not None:
+    if is_compiled(model, target_layer):
+        if torch.is_grad_enabled() and compiled_exposed_layer(model) is None:
+            warn_once(
+                "The loop's own pass of a compiled model is not reused, since hooks would have it compiled anew: each "
+                "heatmap takes a pass of its own, and `bn_mode` holds for that pass too. Take `compute`, which needs "
+                "no more than two passes.",
+                unwrap(model),
+            )
         yield
         return
     with kept.above_the_layer, ExitStack() as hooks:
         hooks.enter_context(forward_pre_hook(model, kept.begin))
-        hooks.enter_context(forward_hook_outside(kept.layer, kept.keep))
-        hooks.enter_context(kept.weights_kept(kept.inner, besides=regions(model, target_layer)))
-        hooks.enter_context(compiled_below(model, target_layer, kept.is_past, kept.weights_kept))
+        hooks.enter_context(forward_hook(kept.layer, kept.keep))
+        for module in with_weights_of_a_pass(kept.inner):
+            hooks.enter_context(forward_hook(module, kept.keep_weight))
         hooks.enter_context(forward_hook(kept.inner, kept.end_inside))
         hooks.enter_context(forward_hook(model, kept.end))
         # Fused optimizers change weights without moving their versions.
