@@ -359,6 +359,15 @@ def test_what_is_no_compiled_method_stays_what_it_is():
     assert_equal(*results)
 
 
+def test_a_compiled_function_before_the_layer_is_no_compiled_part():
+    model, plain = net(), net()
+    for each, function in ((model, torch.compile(torch.relu, backend="eager")), (plain, torch.relu)):
+        each.stem[2].forward = lambda x, function=function: function(x)
+        each.stem[2].function = function
+    assert_equal(train(model, reuse_step), train(plain, reuse_step))  # which a warning would end
+    assert compile_below(model, X, "body", backend="eager").names == ["stem", "body"]
+
+
 def test_a_compiled_head_that_makes_its_weight_anew_shows_it():
     model, plain = net(), net()
     for each in (model, plain):

@@ -40,8 +40,8 @@ def is_compiled(model: nn.Module, target_layer: str | nn.Module | None = None) -
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run what is compiled inside the model as it was written.
 
-    That is by ``torch.compile(module)``, ``module.compile()`` or ``forward = torch.compile(forward)``, of the module or
-    of its class.
+    That is by ``torch.compile(module)``, ``module.compile()`` or ``method = torch.compile(method)``; in the module's
+    class the forward alone.
     """
     with ExitStack() as stack:
         for module in model.modules():
